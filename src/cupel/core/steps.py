@@ -1,0 +1,120 @@
+"""Steps in time order: a fit, or one method applied to what is on the bench."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from cupel.core.context import Context
+from cupel.core.errors import PlanError
+from cupel.core.fit import Named, run_fit
+from cupel.core.params import check
+from cupel.core.protocols import Card
+from cupel.core.shelf import Shelf
+from cupel.core.types import Subject
+
+
+@dataclass(frozen=True)
+class FitStep:
+    """Train: `budget` overrides fields of the workload's own; techniques are `(label, method)`."""
+
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    techniques: Sequence[tuple[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class ApplyStep:
+    """One method on the network as it stands: its `procedure`, or its `model` and `seal` forms."""
+
+    label: str
+    method: Any
+
+
+Step = FitStep | ApplyStep
+
+
+def step_names(steps: Sequence[Step]) -> list[str]:
+    """`fit`, `apply-dqa`, `fit-2`: names that do not change when another kind of step is added."""
+    seen: dict[str, int] = {}
+    names = []
+    for step in steps:
+        name = "fit" if isinstance(step, FitStep) else f"apply-{step.label}"
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return names
+
+
+def card_of(method: object) -> Card | None:
+    """The card beside a method's class, if it has one."""
+    return getattr(sys.modules.get(type(method).__module__), "CARD", None)
+
+
+def context_for(label: str, method: object, ctx: Context) -> Context:
+    """The context a method is handed: its own randomness, and the shelf its card allows."""
+    card = card_of(method)
+    shelf = ctx.shelf.seen_by(label, card.reads, card.writes) if card else ctx.shelf
+    return ctx.child(label, shelf=shelf)
+
+
+def run_step(subject: Subject, name: str, step: Step, ctx: Context) -> Subject:
+    """The subject after one step. The network may be changed in place; data and task never are."""
+    here = ctx.child(name, train=subject.data.view(), task=subject.task)
+    if isinstance(step, FitStep):
+        budget = replace(subject.budget, **step.budget)
+        named = [Named(label, m, context_for(label, m, here)) for label, m in step.techniques]
+        model = run_fit(subject.model, subject.data.view(), subject.task, budget, named, here)
+        return subject.with_model(model)
+    own = context_for(step.label, step.method, here)
+    subject.model.to(ctx.device)
+    return subject.with_model(_applied(subject, step, own))
+
+
+def _applied(subject: Subject, step: ApplyStep, own: Context) -> torch.nn.Module:
+    method = step.method
+    if hasattr(method, "procedure"):
+        made: torch.nn.Module = method.procedure(subject, own)
+        return made.eval()
+    forms = [getattr(method, form) for form in ("model", "seal") if hasattr(method, form)]
+    if not forms:
+        raise PlanError(
+            f"`apply` must name a technique that changes a network; {step.label} acts during training. "
+            f"Put it under `fit: {{techniques: [{step.label}]}}`."
+        )
+    model = subject.model
+    for form in forms:
+        model = form(model, own)
+    return model.eval()
+
+
+def run_steps(subject: Subject, steps: Sequence[Step], ctx: Context) -> Subject:
+    for name, step in zip(step_names(steps), steps, strict=True):
+        subject = run_step(subject, name, step, ctx)
+    return subject
+
+
+def build(workload: Any, ctx: Context) -> Subject:
+    """A fresh subject, its shelf bound to its data, with the capabilities its card gives."""
+    subject: Subject = workload.build(ctx.child("build"))
+    card = card_of(workload)
+    shelf = Shelf(subject.data.fingerprint)
+    return replace(subject, shelf=shelf, gives=frozenset(card.gives if card else subject.gives))
+
+
+def apply(method: Any, subject: Subject, *, seed: int = 0) -> Subject:
+    """Apply one technique to a subject from Python: `cupel.apply(DQA(bits=4), subject)`.
+
+    Returns the subject with the changed network; `subject` itself keeps its own.
+    """
+    import copy
+
+    check(method)
+    label = type(method).__name__.lower()
+    shelf = subject.shelf or Shelf(subject.data.fingerprint)
+    device = next((p.device for p in subject.model.parameters()), torch.device("cpu"))
+    ctx = Context(seed=seed, shelf=shelf, device=device)
+    fresh = replace(subject.with_model(copy.deepcopy(subject.model)), shelf=shelf)
+    return run_step(fresh, f"apply-{label}", ApplyStep(label, method), ctx)
