@@ -13,7 +13,7 @@ from torch import nn
 
 from cupel.core.errors import ContractError
 from cupel.core.shelf import Shelf
-from cupel.core.types import Subject, Task, TrainView
+from cupel.core.types import Bounds, Subject, Task, TrainView
 
 DataChange = Callable[[TrainView], TrainView]
 ModelChange = Callable[[nn.Module], nn.Module]
@@ -65,6 +65,7 @@ class Context:
         device: where models and batches live.
         train: the training data of the present step, for calibration in `model` and `seal`.
         task: of the present workload.
+        bounds: the range its inputs live in; `None` if they have none.
     """
 
     seed: int = 0
@@ -73,6 +74,7 @@ class Context:
     device: torch.device = torch.device("cpu")
     train: TrainView | None = None
     task: Task | None = None
+    bounds: Bounds | None = None
     forker: Forker | None = None
     report: Callable[[Mapping[str, object]], None] | None = None
 

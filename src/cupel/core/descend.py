@@ -36,6 +36,7 @@ def descend(
     steps: int,
     move: Move,
     project: Project | None = None,
+    memoryless: bool = False,
 ) -> Tensor:
     """Lower `objective` row by row from `start` `[N, ...]`; finished rows are dropped from the work.
 
@@ -48,37 +49,51 @@ def descend(
         steps: moves a row may make.
         move: the step rule (`sign_move`, `adam_move`, or your own).
         project: back into the allowed set after every move.
+        memoryless: `objective`, `move` and `project` look at nothing but x. Then a row that a move leaves
+            where it was, or brings back to where it was one move earlier, would rest or go to and fro for
+            ever between points that were checked already: it is dropped too.
 
     Returns:
         `[N, ...]` where each row stopped.
     """
     x = start.detach().clone()
     rows = torch.arange(len(x), device=x.device)
+    here, before = x, None  # of the active rows: where they are, and where they were one move ago
     for k in range(steps):
         if not len(rows):
             break
-        here = x if len(rows) == len(x) else x[rows]
-        here = here.detach().requires_grad_(True)
-        values, done = objective(here, rows)
-        if done is not None and bool(done.any()):
-            keep = ~done
-            rows_left = rows[keep]
-            if not len(rows_left):
-                rows = rows_left
+        with torch.enable_grad():
+            leaf = here.detach().requires_grad_(True)
+            values, done = objective(leaf, rows)
+            keep = None if done is None or not bool(done.any()) else ~done
+            if keep is not None and not bool(keep.any()):
                 break
             # The graph holds all rows; the summed values of the open ones give their gradients alone.
-            (grad,) = torch.autograd.grad(values[keep].sum(), here)
-            rows, grad, here = rows_left, grad[keep], here[keep]
-        else:
-            (grad,) = torch.autograd.grad(values.sum(), here)
+            (grad,) = torch.autograd.grad((values if keep is None else values[keep]).sum(), leaf)
         with torch.no_grad():
-            new = move(here.detach(), grad, rows, k)
+            here = leaf.detach()
+            if keep is not None:
+                rows, here, grad = rows[keep], here[keep], grad[keep]
+                before = before[keep] if before is not None else None
+            new = move(here, grad, rows, k)
             new = project(new, rows) if project is not None else new
-            if len(rows) == len(x):
-                x = new
-            else:
-                x[rows] = new
+            x[rows] = new
+            if memoryless:
+                moves = ~_rests(new, here, before)
+                if not bool(moves.all()):
+                    rows, here, new = rows[moves], here[moves], new[moves]
+                before = here
+            here = new
     return x.detach()
+
+
+def _rests(new: Tensor, here: Tensor, before: Tensor | None) -> Tensor:
+    """Rows `[R]` that stay at `here`, or are back at `before` up to rounding."""
+    shift = (new - here).flatten(1).abs().amax(dim=1)
+    if before is None:
+        return shift == 0
+    # Rounding moves a row that goes to and fro by far less than one part in a thousand of its step.
+    return (new - before).flatten(1).abs().amax(dim=1) <= 1e-3 * shift
 
 
 def sign_move(size: float) -> Move:

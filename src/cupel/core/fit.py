@@ -20,7 +20,7 @@ from cupel.core.errors import CupelError
 from cupel.core.params import check
 from cupel.core.protocols import Hook, Update
 from cupel.core.slots import Hooks, SlotUse
-from cupel.core.types import Batch, Budget, Dataset, Examples, Splits, Task, TrainView
+from cupel.core.types import Batch, Bounds, Budget, Dataset, Examples, Splits, Task, TrainView
 from cupel.core.update import TorchUpdate, lr_at
 
 
@@ -170,6 +170,7 @@ def fit(
     *,
     techniques: Sequence[Any] = (),
     budget: Budget = Budget(),
+    bounds: Bounds | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
@@ -181,6 +182,7 @@ def fit(
         task: such as `Classification(classes=10)`.
         techniques: method objects such as `PDP(sparsity=0.9)`, in list order within a phase.
         budget: epochs, batch size, optimiser.
+        bounds: the range of the inputs, for techniques that move inputs: `Bounds(0.0, 1.0)`.
         seed: of every draw. Same seed on CPU: same bits.
 
     Returns:
@@ -195,7 +197,7 @@ def fit(
     if isinstance(data, Examples):
         data = TrainView(data, data)
     view = data.view() if isinstance(data, Splits) else data
-    ctx = Context(seed=seed, path=("fit",), device=torch.device(device), train=view, task=task)
+    ctx = Context(seed=seed, path=("fit",), device=torch.device(device), train=view, task=task, bounds=bounds)
     named = []
     for technique in techniques:
         check(technique)

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor, nn
-
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from cupel.core.context import Context
     from cupel.core.scorecard import Readings
     from cupel.core.types import Batch, Subject, Task, TrainView

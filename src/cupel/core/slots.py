@@ -11,12 +11,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-
 from cupel.core.errors import ContractError, PlanError
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from cupel.core.protocols import Hook, Moment
     from cupel.core.types import Batch
 
@@ -155,6 +154,8 @@ class Hooks:
 
     def stepped(self, at: Moment) -> None:
         if self._slots["stepped"]:
+            import torch  # here, so that reading phases does not load torch
+
             with torch.no_grad():
                 for method in self._slots["stepped"]:
                     method(at)

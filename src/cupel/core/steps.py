@@ -12,6 +12,7 @@ import torch
 from cupel.core.context import Context
 from cupel.core.errors import PlanError
 from cupel.core.fit import Named, run_fit
+from cupel.core.naming import step_names
 from cupel.core.params import check
 from cupel.core.protocols import Card
 from cupel.core.shelf import Shelf
@@ -37,15 +38,8 @@ class ApplyStep:
 Step = FitStep | ApplyStep
 
 
-def step_names(steps: Sequence[Step]) -> list[str]:
-    """`fit`, `apply-dqa`, `fit-2`: names that do not change when another kind of step is added."""
-    seen: dict[str, int] = {}
-    names = []
-    for step in steps:
-        name = "fit" if isinstance(step, FitStep) else f"apply-{step.label}"
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return names
+def label_of(step: Step) -> str:
+    return "fit" if isinstance(step, FitStep) else f"apply-{step.label}"
 
 
 def card_of(method: object) -> Card | None:
@@ -62,7 +56,7 @@ def context_for(label: str, method: object, ctx: Context) -> Context:
 
 def run_step(subject: Subject, name: str, step: Step, ctx: Context) -> Subject:
     """The subject after one step. The network may be changed in place; data and task never are."""
-    here = ctx.child(name, train=subject.data.view(), task=subject.task)
+    here = ctx.child(name, train=subject.data.view(), task=subject.task, bounds=subject.bounds)
     if isinstance(step, FitStep):
         budget = replace(subject.budget, **step.budget)
         named = [Named(label, m, context_for(label, m, here)) for label, m in step.techniques]
@@ -91,7 +85,7 @@ def _applied(subject: Subject, step: ApplyStep, own: Context) -> torch.nn.Module
 
 
 def run_steps(subject: Subject, steps: Sequence[Step], ctx: Context) -> Subject:
-    for name, step in zip(step_names(steps), steps, strict=True):
+    for name, step in zip(step_names([label_of(s) for s in steps]), steps, strict=True):
         subject = run_step(subject, name, step, ctx)
     return subject
 

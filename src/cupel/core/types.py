@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cupel.core.budget import Budget
 from cupel.core.errors import ContractError
 
 if TYPE_CHECKING:
@@ -186,29 +187,6 @@ class Anatomy:
     blocks: tuple[str, ...] = ()
     head: str = ""
     attention: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long and how a network is trained. A recipe's `fit:` may override any field.
-
-    Args:
-        epochs: passes over the training data.
-        batch_size: examples per update.
-        optimizer: `sgd`, `adam` or `adamw`.
-        lr: learning rate at the start.
-        momentum: of `sgd`.
-        weight_decay: L2 (`sgd`, `adam`) or decoupled (`adamw`).
-        schedule: `constant`, `cosine` or `linear` decay to zero over the fit.
-    """
-
-    epochs: int = 10
-    batch_size: int = 64
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: str = "constant"
 
 
 @dataclass(frozen=True)

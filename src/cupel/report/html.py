@@ -1,0 +1,2 @@
+def write_page(card, path):
+    path.write_text("x")
