@@ -53,16 +53,7 @@ class Entry:
 
     def slots(self) -> list[SlotUse]:
         """Slots and phases of the hooks in this file."""
-        found = []
-        for cls in _tree(self.path).body:
-            if not isinstance(cls, ast.ClassDef):
-                continue
-            is_hook = any(isinstance(b, ast.Name) and b.id == "Hook" for b in cls.bases)
-            for fn in cls.body:
-                wanted = is_hook or getattr(fn, "name", "") == "seal"
-                if isinstance(fn, ast.FunctionDef) and fn.name in PHASES and wanted:
-                    found.append(_slot_use(self.name, fn))
-        return found
+        return slots_in(self.path, self.name)
 
     def load(self) -> type:
         """Import the module and return the method's class."""
@@ -122,6 +113,20 @@ def _param(node: ast.stmt) -> ParamSpec | None:
     return ParamSpec(node.target.id, kind, ast.literal_eval(value) if value is not None else None)
 
 
+def slots_in(path: Path, label: str, cls: str = "") -> list[SlotUse]:
+    """Slots and phases of the hook classes in a file; with `cls`, only of those that its `hook` names."""
+    body = _tree(path).body
+    classes = {n.name: n for n in body if isinstance(n, ast.ClassDef)}
+    named = {n.id for n in ast.walk(classes[cls]) if isinstance(n, ast.Name)} if cls in classes else set(classes)
+    found = []
+    for name, node in classes.items():
+        is_hook = name in named and any(isinstance(b, ast.Name) and b.id == "Hook" for b in node.bases)
+        for fn in node.body:
+            if isinstance(fn, ast.FunctionDef) and fn.name in PHASES and (is_hook or fn.name == "seal"):
+                found.append(_slot_use(label, fn))
+    return found
+
+
 def _slot_use(label: str, fn: ast.FunctionDef) -> SlotUse:
     for mark in fn.decorator_list:
         if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "phase":
@@ -166,7 +171,7 @@ def find(kind: str, name: str) -> Entry:
             return entry
         known[entry.name] = entry
     plural = {"technique": "techniques", "probe": "probes", "workload": "workloads", "engine": "engines"}[kind]
-    raise PlanError(f"a {kind} must be one of `cupel list {plural}`; got {name!r}.{nearest(name, known)}")
+    raise PlanError(f"a {kind} must be one of `cupel list {plural}`; got {name!r}.{nearest(name, known)} Correct the name.")
 
 
 def anywhere(name: str) -> Entry:
@@ -176,7 +181,7 @@ def anywhere(name: str) -> Entry:
         if entry.name == name:
             return entry
         known.append(entry.name)
-    raise PlanError(f"a method must be one of `cupel list`; got {name!r}.{nearest(name, known)}")
+    raise PlanError(f"a method must be one of `cupel list`; got {name!r}.{nearest(name, known)} Correct the name.")
 
 
 def make(kind: str, name: str, params: dict[str, Any]) -> Any:

@@ -58,33 +58,36 @@ def descend(
     """
     x = start.detach().clone()
     rows = torch.arange(len(x), device=x.device)
-    here, before = x, None  # of the active rows: where they are, and where they were one move ago
+    here, before = start.detach(), None  # of the active rows: where they are, and where they were one move ago
     for k in range(steps):
         if not len(rows):
             break
         with torch.enable_grad():
             leaf = here.detach().requires_grad_(True)
             values, done = objective(leaf, rows)
-            keep = None if done is None or not bool(done.any()) else ~done
-            if keep is not None and not bool(keep.any()):
+            some = done is not None and bool(done.any())
+            if some and bool(done.all()):
                 break
             # The graph holds all rows; the summed values of the open ones give their gradients alone.
-            (grad,) = torch.autograd.grad((values if keep is None else values[keep]).sum(), leaf)
+            (grad,) = torch.autograd.grad((values[~done] if some else values).sum(), leaf)
         with torch.no_grad():
             here = leaf.detach()
-            if keep is not None:
+            if some:
+                x[rows[done]] = here[done]
+                keep = ~done
                 rows, here, grad = rows[keep], here[keep], grad[keep]
-                before = before[keep] if before is not None else None
+                before = None if before is None else before[keep]
             new = move(here, grad, rows, k)
             new = project(new, rows) if project is not None else new
-            x[rows] = new
             if memoryless:
-                moves = ~_rests(new, here, before)
-                if not bool(moves.all()):
-                    rows, here, new = rows[moves], here[moves], new[moves]
+                rests = _rests(new, here, before)
+                if bool(rests.any()):
+                    x[rows[rests]] = new[rests]
+                    rows, here, new = rows[~rests], here[~rests], new[~rests]
                 before = here
             here = new
-    return x.detach()
+    x[rows] = here
+    return x
 
 
 def _rests(new: Tensor, here: Tensor, before: Tensor | None) -> Tensor:
@@ -93,7 +96,7 @@ def _rests(new: Tensor, here: Tensor, before: Tensor | None) -> Tensor:
     if before is None:
         return shift == 0
     # Rounding moves a row that goes to and fro by far less than one part in a thousand of its step.
-    return (new - before).flatten(1).abs().amax(dim=1) <= 1e-3 * shift
+    return (shift == 0) | ((new - before).flatten(1).abs().amax(dim=1) <= 1e-3 * shift)
 
 
 def sign_move(size: float) -> Move:

@@ -19,6 +19,7 @@ from cupel.core.context import Context, derive, global_seed
 from cupel.core.errors import CupelError
 from cupel.core.params import check
 from cupel.core.protocols import Hook, Update
+from cupel.core.shelf import Shelf
 from cupel.core.slots import Hooks, SlotUse
 from cupel.core.types import Batch, Bounds, Budget, Dataset, Examples, Splits, Task, TrainView
 from cupel.core.update import TorchUpdate, lr_at
@@ -173,6 +174,7 @@ def fit(
     bounds: Bounds | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    shelf: Shelf | None = None,
 ) -> nn.Module:
     """Train `model` with any techniques, without a recipe.
 
@@ -184,6 +186,7 @@ def fit(
         budget: epochs, batch size, optimiser.
         bounds: the range of the inputs, for techniques that move inputs: `Bounds(0.0, 1.0)`.
         seed: of every draw. Same seed on CPU: same bits.
+        shelf: artefacts that techniques read (a teacher) and write (masks); a fresh one if none is given.
 
     Returns:
         The trained network in evaluation mode.
@@ -197,7 +200,8 @@ def fit(
     if isinstance(data, Examples):
         data = TrainView(data, data)
     view = data.view() if isinstance(data, Splits) else data
-    ctx = Context(seed=seed, path=("fit",), device=torch.device(device), train=view, task=task, bounds=bounds)
+    device, shelf = torch.device(device), Shelf() if shelf is None else shelf
+    ctx = Context(seed=seed, path=("fit",), shelf=shelf, device=device, train=view, task=task, bounds=bounds)
     named = []
     for technique in techniques:
         check(technique)

@@ -39,6 +39,7 @@ class Card:
         expects: a workload's accuracy in the literature at this size of data, with its source.
         tiny: parameters the contract tests use.
         neutral: parameters that must reproduce the baseline bit for bit; `None` if there are none.
+        ordered: reading -> `trained` or `fresh`: on which of the two it must be better.
         exempt: check name -> reason; a check that then passes is a failure.
     """
 
@@ -58,6 +59,7 @@ class Card:
     expects: str = ""
     tiny: Mapping[str, object] = field(default_factory=dict)
     neutral: Mapping[str, object] | None = None
+    ordered: Mapping[str, str] = field(default_factory=dict)
     exempt: Mapping[str, str] = field(default_factory=dict)
 
 

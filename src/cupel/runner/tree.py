@@ -57,6 +57,9 @@ class Tree:
         return self.value
 
 
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, with `1e-3` read as a number, as people mean it."""
 
@@ -124,6 +127,8 @@ class _Reader:
         if id(node) in above:
             raise RecipeError(f"{where}: a value must not contain itself; this anchor does. Break the circle.")
         above = (*above, id(node))
+        if node.tag not in _TAGS:
+            raise RecipeError(f"{where}: a value must be plain; got tag {node.tag}. Remove the tag.")
         if isinstance(node, yaml.MappingNode):
             return Tree(self._mapping(node, above), where)
         if isinstance(node, yaml.SequenceNode):
@@ -131,7 +136,7 @@ class _Reader:
         try:
             value = self.loader.construct_object(node)  # type: ignore[no-untyped-call]
         except (yaml.YAMLError, ValueError):
-            raise RecipeError(f"{where}: a value must be plain; got tag {node.tag}. Remove the tag.") from None
+            raise RecipeError(f"{where}: a value must be readable; got {node.value!r:.40}. Write a plain value.") from None
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{where}: a number must be finite; got {value}. Write a finite one.")
         return Tree(value, where)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cupel.core.errors import CupelError, NotApplicable
-from cupel.core.plan import Node, Plan, known, method_of
-from cupel.core.recipe import Recipe, Ref
+from cupel.runner.plan import Node, Plan, known, method_of
+from cupel.runner.recipe import Recipe, Ref
 from cupel.core.scorecard import write_json
 
 
@@ -46,7 +46,7 @@ class Made:
 
 def do_node(recipe: Recipe, node: Node, parent: bytes, device: str) -> Made:
     """Build a fresh subject, or run one step on what the parent made."""
-    from cupel.core.bench import frozen, step_of, thawed
+    from cupel.runner.bench import frozen, step_of, thawed
 
     with one_thread():
         log: list[dict[str, Any]] = []
@@ -64,7 +64,7 @@ def do_node(recipe: Recipe, node: Node, parent: bytes, device: str) -> Made:
 
 def do_probes(recipe: Recipe, variant: str, seed: int, blob: bytes, device: str, refs: tuple[Ref, ...]) -> dict[str, Any]:
     """Measure one variant and seed with `refs`; forks are shared between these probes."""
-    from cupel.core.bench import thawed
+    from cupel.runner.bench import thawed
 
     with one_thread():
         bench = _bench(recipe, variant, seed, device, [])
@@ -93,8 +93,9 @@ def _measure(ref: Ref, subject: Any, bench: Any) -> dict[str, Any]:
 
 def save_result(recipe: Recipe, variant: str, seed: int, blob: bytes, folder: Path) -> dict[str, Any]:
     """Write the network, how it came about, and its artefacts; returns names and notes."""
-    from cupel.core.bench import thawed
-    from cupel.core.store import save_artefacts, save_model
+    from cupel.runner.bench import thawed
+    from cupel.runner.artefacts import save_artefacts
+    from cupel.core.store import save_model
 
     subject = thawed(_bare(_bench(recipe, variant, seed, "cpu", [])), blob)
     stem = f"{variant}-{seed}"
@@ -128,7 +129,7 @@ def _bare(bench: Any) -> Any:
 def _bench(recipe: Recipe, variant: str, seed: int, device: str, log: list[dict[str, Any]]) -> Any:
     import torch
 
-    from cupel.core.bench import Bench, given_of, step_of
+    from cupel.runner.bench import Bench, given_of, step_of
 
     steps = [step_of(s, method_of) for s in recipe.variants.get(variant, ())]
     given = {name: given_of(g, method_of) for name, g in recipe.given.items()}

@@ -11,6 +11,7 @@ import importlib
 import json
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
 from cupel.core import catalogue
@@ -19,7 +20,7 @@ from cupel.core.errors import CupelError, MissingExtra, ParamError, PlanError, n
 from cupel.core.naming import step_names
 from cupel.core.params import ParamSpec, check_values, specs_of
 from cupel.core.protocols import FORMS, Card
-from cupel.core.recipe import GateRule, GivenSpec, Recipe, Ref, StepSpec
+from cupel.runner.recipe import GateRule, GivenSpec, Recipe, Ref, StepSpec
 from cupel.core.slots import SlotUse, clashes
 
 
@@ -110,7 +111,9 @@ def _foreign(kind: str, ref: Ref, plan: Plan | None) -> Known:
     card = getattr(module, "CARD", None) or Card(ref.name, "user", "the user's own")
     if not dataclasses.is_dataclass(cls):
         raise PlanError(f"{ref.name} must be a dataclass; it is {cls!r}. Decorate it with @dataclass(frozen=True).")
-    return Known(ref, card, specs_of(cls), tuple(f for f in FORMS if hasattr(cls, f)), [])
+    source = getattr(module, "__file__", None)
+    slots = catalogue.slots_in(Path(source), ref.label, cls_name) if source else []
+    return Known(ref, card, specs_of(cls), tuple(f for f in FORMS if hasattr(cls, f)), slots)
 
 
 def method_of(kind: str, ref: Ref) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cupel.core.errors import RecipeError, nearest
-from cupel.core.tree import Tree, from_python, parse_file, put_at
+from cupel.runner.tree import Tree, from_python, parse_file, put_at
 
 TOP = ("workload", "seeds", "given", "variants", "steps", "techniques", "probes", "gate")
 _RULE = re.compile(
@@ -111,14 +111,13 @@ def read_recipe(path: Path, changes: tuple[str, ...] = (), _open: tuple[Path, ..
     Raises:
         RecipeError: with file, line, what is wrong, and what to do.
     """
-    path = path.resolve()
-    if path in _open:
+    if path.resolve() in _open:
         chain = " -> ".join(p.name for p in (*_open, path))
         raise RecipeError(f"`given` must not lead back to its own recipe; got {chain}. Break the circle.")
     tree = parse_file(path)
     for change in changes:
         put_at(tree, change)
-    return _recipe(tree, (*_open, path))
+    return _recipe(tree, (*_open, path.resolve()))
 
 
 def recipe_of(**parts: Any) -> Recipe:
@@ -152,7 +151,7 @@ def _recipe(tree: Tree, opened: tuple[Path, ...]) -> Recipe:
         probes,
         _seeds(top["seeds"]) if "seeds" in top else (0,),
         _given(top["given"], opened) if "given" in top else {},
-        _gate(top["gate"], variants) if "gate" in top else (),
+        gate_rules(top["gate"], variants) if "gate" in top else (),
     )
 
 
@@ -252,7 +251,8 @@ def _given(tree: Tree, opened: tuple[Path, ...]) -> dict[str, GivenSpec]:
     return found
 
 
-def _gate(tree: Tree, variants: Mapping[str, Any]) -> tuple[GateRule, ...]:
+def gate_rules(tree: Tree, variants: Mapping[str, Any]) -> tuple[GateRule, ...]:
+    """The rules of a gate: `variant -> {reading: rule}`, or `{reading: rule}` for a single variant."""
     top = tree.mapping("`gate`")
     single = len(variants) == 1 and not any(k in variants for k in top)
     groups = {next(iter(variants)): top} if single else {k: t.mapping(f"the gate of {k}") for k, t in top.items()}
@@ -261,11 +261,11 @@ def _gate(tree: Tree, variants: Mapping[str, Any]) -> tuple[GateRule, ...]:
         if variant not in variants:
             raise tree.error(f"a gate must be for a variant; got {variant!r}.{nearest(variant, variants)} Name one of {', '.join(variants)}.")
         for reading, clause in clauses.items():
-            rules.append(gate_rule(variant, reading, clause, variants))
+            rules.append(_rule(variant, reading, clause, variants))
     return tuple(rules)
 
 
-def gate_rule(variant: str, reading: str, clause: Tree, variants: Mapping[str, Any]) -> GateRule:
+def _rule(variant: str, reading: str, clause: Tree, variants: Mapping[str, Any]) -> GateRule:
     text = str(clause.value)
     match = _RULE.match(text)
     base = match["base"] if match else None

@@ -14,7 +14,7 @@ import torch
 from cupel.core.context import Context, DataChange, ModelChange
 from cupel.core.errors import ContractError
 from cupel.core.params import check
-from cupel.core.recipe import GivenSpec, Ref, StepSpec
+from cupel.runner.recipe import GivenSpec, Ref, StepSpec
 from cupel.core.shelf import TEACHER, Entry, Key, Shelf
 from cupel.core.steps import ApplyStep, FitStep, Step, build, run_step, run_steps
 from cupel.core.types import Subject, TrainView, digest
@@ -138,10 +138,6 @@ def prepare(
 
 def methods_in(step: Step) -> list[Any]:
     return [step.method] if isinstance(step, ApplyStep) else [m for _, m in step.techniques]
-
-
-def construct(kind: str, ref: Ref, plan_method: Callable[[str, Ref], Any]) -> Any:
-    return plan_method(kind, ref)
 
 
 def step_of(spec: StepSpec, method_of: Callable[[str, Ref], Any]) -> Step:

@@ -1,0 +1,80 @@
+"""`cupel run`: plan, train, measure, write the run folder, print the scorecard."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import typer
+
+from cupel.cli.guard import guarded
+
+
+@guarded
+def run(
+    recipe: Path = typer.Argument(None, help="Recipe file. Without it: the demo.", show_default=False),
+    out: Path = typer.Option(None, help="Run folder; must be new or empty.", show_default="runs/<recipe>-<time>"),
+    seed: list[int] = typer.Option(None, help="Seeds in place of the recipe's.", show_default=False),
+    set_: list[str] = typer.Option(None, "--set", help="path=value, such as workload.digits-cnn.width=8", show_default=False),
+    device: str = typer.Option("cpu", help="auto, cpu or cuda."),
+    jobs: int = typer.Option(0, help="Processes; 0 takes one for each core.", min=0),
+    every: bool = typer.Option(False, "--every", help="Show all readings, not only the first of each probe."),
+    json_: bool = typer.Option(False, "--json", help="Print the scorecard as JSON."),
+    quiet: bool = typer.Option(False, "--quiet", help="Print the verdict only."),
+) -> None:
+    """Run a recipe and judge it. Exit 1 if the gate fails.
+
+    Examples:  cupel run   ·   cupel run my.yaml --seed 0 --seed 1   ·   cupel run my.yaml --set seeds=[0]
+    """
+    import dataclasses
+    import os
+
+    from cupel.runner.plan import make_plan
+    from cupel.runner.recipe import read_recipe
+    from cupel.report.terminal import console, scorecard
+
+    path = recipe or Path(__file__).parents[1] / "recipes" / "demo.yaml"
+    chosen = read_recipe(path, tuple(set_ or ()))
+    if seed:
+        chosen = dataclasses.replace(chosen, seeds=tuple(dict.fromkeys(seed)))
+    plan = make_plan(chosen)
+    folder = out or _fresh(path.stem)
+    for notice in plan.notices:
+        typer.echo(f"note: {notice}", err=True)
+    card = _with_progress(chosen, folder, jobs or os.cpu_count() or 1, device, quiet or json_)
+    screen = console()
+    if json_:
+        typer.echo(json.dumps(card, indent=1, sort_keys=True, default=str))
+    elif not quiet:
+        screen.print(scorecard(card, every))
+        screen.print(f"page: {folder / 'scorecard.html'}   numbers: {folder / 'scorecard.json'}   {card['seconds']:.0f} s", soft_wrap=True)
+    from cupel.runner.run import exit_code
+
+    raise typer.Exit(exit_code(card))
+
+
+def _fresh(stem: str) -> Path:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder, n = Path("runs") / f"{stem}-{stamp}", 1
+    while folder.exists():
+        n += 1
+        folder = Path("runs") / f"{stem}-{stamp}-{n}"
+    return folder
+
+
+def _with_progress(recipe: object, folder: Path, jobs: int, device: str, quiet: bool) -> dict:  # type: ignore[type-arg]
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from cupel.runner.run import run as run_recipe
+    from cupel.report.terminal import console
+
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    screen = console(stderr=True)
+    with Progress(*columns, console=screen, disable=quiet or not screen.is_terminal, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        return run_recipe(recipe, out=folder, jobs=jobs, device=device, tell=tell)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""The contracts, the one training loop, the one descent, and what they share."""

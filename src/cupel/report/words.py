@@ -1,0 +1,97 @@
+"""Numbers and names as people read them; shared by the terminal and the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from cupel.core.scorecard import difference
+
+_STEPS = ("", "k", "M", "G", "T")
+
+
+def spoken(name: str) -> str:
+    """`worst_class_accuracy` -> `worst class accuracy`."""
+    return name.replace("_", " ")
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """A value in its unit, in at most seven characters before the unit.
+
+    >>> number(0.98761, "share"), number(61234, "bytes"), number(1234567, "ops"), number(None)
+    ('.988', '61.2 kB', '1.23 M', '-')
+    """
+    if value is None or not math.isfinite(value):
+        return "-"
+    if unit == "share":
+        text = f"{value:.3f}"
+        return text.replace("0.", ".", 1) if abs(value) < 1 else text
+    if unit in ("bytes", "ops", "params"):
+        return _scaled(value) + ("B" if unit == "bytes" else "")
+    if unit == "ms":
+        return f"{value:.3g} ms"
+    if value == int(value) and abs(value) < 1e5:
+        return str(int(value))
+    return f"{value:.3g}"
+
+
+def _scaled(value: float) -> str:
+    step = 0
+    while abs(value) >= 1000 and step < len(_STEPS) - 1:
+        value, step = value / 1000, step + 1
+    if step == 0:
+        return f"{value:.0f}" + " "
+    return f"{value:.3g} {_STEPS[step]}"
+
+
+def spread(cell: Mapping[str, Any]) -> str:
+    """Half the width of the interval, as `±.012`; empty for exact counts."""
+    if cell["low"] is None or cell["high"] is None:
+        return ""
+    half = (cell["high"] - cell["low"]) / 2
+    return f"±{number(half, cell['unit'])}" if half > 0 else ""
+
+
+def best(cells: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Variants whose value is the best in its row; none where there is no direction or no difference."""
+    there = {v: c["value"] for v, c in cells.items() if c["value"] is not None}
+    directions = {c["better"] for c in cells.values()}
+    if len(there) < 2 or directions - {"higher", "lower"} or len(set(there.values())) < 2:
+        return set()
+    top = max(there.values()) if directions == {"higher"} else min(there.values())
+    return {v for v, x in there.items() if x == top}
+
+
+def worse(cell: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Worse than the baseline beyond the interval of their difference."""
+    if cell["better"] == "none" or cell["value"] is None or base["value"] is None:
+        return False
+    _, low, high = difference(cell, base)
+    return high < 0 if cell["better"] == "higher" else low > 0
+
+
+def rows_of(card: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Mapping[str, Any]]]]:
+    """`(probe, reading, cells by variant)` in the order of the recipe."""
+    found = []
+    variants = card["variants"]
+    probes = list(next(iter(variants.values()))["probes"])
+    for probe in _recipe_order(card, probes):
+        names: list[str] = []
+        for content in variants.values():
+            names += [n for n in content["probes"][probe]["readings"] if n not in names]
+        for name in names:
+            cells = {v: c["probes"][probe]["readings"][name] for v, c in variants.items() if name in c["probes"][probe]["readings"]}
+            found.append((probe, name, cells))
+    return found
+
+
+def _recipe_order(card: Mapping[str, Any], probes: list[str]) -> list[str]:
+    told = [p if isinstance(p, str) else p.get("as") or next(k for k in p if k != "as") for p in card["recipe"]["probes"]]
+    return [p for p in told if p in probes]
+
+
+def variants_of(card: Mapping[str, Any]) -> list[str]:
+    """Variants with the baseline first, then as the recipe lists them."""
+    names = list(card["recipe"]["variants"])
+    return [v for v in names if v in card["variants"]]

@@ -1,0 +1,1 @@
+"""Recipes: read, planned, run, judged, and the claims of papers measured again."""

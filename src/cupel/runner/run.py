@@ -1,0 +1,176 @@
+"""Run a recipe: plan it, do its jobs on one machine, judge it, and write the run folder."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cupel.core.errors import RecipeError
+from cupel.runner.gate import judge
+from cupel.runner.jobs import Outcome, run_jobs
+from cupel.runner.plan import Plan, make_plan
+from cupel.runner.recipe import Recipe, recipe_of
+from cupel.core.scorecard import FORMAT, Reading, over_seeds, write_json
+
+Tell = Callable[[str, int, int], None]  # (what finished, jobs done, jobs in all)
+
+
+def run(
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path | None = None,
+    jobs: int = 1,
+    device: str = "cpu",
+    tell: Tell | None = None,
+    **parts: Any,
+) -> dict[str, Any]:
+    """Run a recipe and return its scorecard.
+
+    Args:
+        recipe: read with `read_recipe`; or give its parts as keywords: `workload=`, `variants=`,
+            `probes=`, `seeds=`, `given=`, `gate=`. Methods may be objects.
+        out: run folder; it must not exist or be empty. Without it nothing is written.
+        jobs: processes; 1 stays in this process.
+        device: `cpu`, `cuda` or `auto`.
+        tell: called as jobs finish.
+
+    Returns:
+        The scorecard, as `scorecard.json` holds it.
+
+    Raises:
+        CupelError: the recipe is wrong; nothing has been trained or written then.
+    """
+    chosen = recipe if recipe is not None else recipe_of(**parts)
+    plan = make_plan(chosen)
+    folder = claim_folder(Path(out)) if out is not None else None
+    began = time.perf_counter()
+    outcomes = run_jobs(plan, device=_device(device), jobs=jobs, folder=folder, tell=tell)
+    card = assemble(plan, outcomes, time.perf_counter() - began, device)
+    if folder is not None:
+        write_run(folder, plan, card)
+    return card
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"device must be auto, cpu or cuda; got {name!r}. Use --device auto.")
+    if name == "cpu":
+        return name
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise RecipeError("device cuda must be present; torch finds none. Use --device cpu.")
+    return "cuda" if there else "cpu"
+
+
+def claim_folder(folder: Path) -> Path:
+    """Make `folder` ours: two runs never share one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise RecipeError(f"the run folder must be new or empty; {folder} holds files. Give another --out.")
+        (folder / "models").mkdir()
+        (folder / "artefacts").mkdir()
+    except OSError as error:
+        raise RecipeError(f"the run folder must be writable; {folder}: {error.strerror}. Give another --out.") from None
+    return folder
+
+
+def assemble(plan: Plan, outcomes: Mapping[tuple[str, int], Outcome], seconds: float, device: str) -> dict[str, Any]:
+    """The scorecard of finished jobs."""
+    variants: dict[str, Any] = {}
+    for name in plan.recipe.variants:
+        mine = [outcomes[name, seed] for seed in plan.recipe.seeds if (name, seed) in outcomes]
+        variants[name] = {
+            "probes": {ref.label: _cells([o.probes.get(ref.label) for o in mine]) for ref in plan.recipe.probes},
+            "curves": {str(o.seed): o.curve for o in mine},
+            "artefacts": sorted({name for o in mine for name in o.artefacts}),
+            "notes": {str(o.seed): o.notes for o in mine if o.notes},
+            "failures": [o.failure for o in mine if o.failure],
+        }
+    card = {
+        "format": FORMAT,
+        "recipe": plan.recipe.plain(),
+        "seeds": list(plan.recipe.seeds),
+        "baseline": next(iter(plan.recipe.variants)),
+        "variants": variants,
+        "versions": _versions(),
+        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count(), "device": device},
+        "claims": _claims(plan),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 2),
+    }
+    card["gate"] = judge([asdict(r) for r in plan.recipe.gate], card)
+    return card
+
+
+def _cells(results: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """One probe on one variant: readings joined over seeds."""
+    there = [r for r in results if r]
+    if not there:
+        return {"readings": {}, "notes": ["not measured: the variant failed"], "figures": {}, "seconds": 0.0}
+    measured = [r for r in there if r["readings"]]
+    names = list(measured[0]["readings"]) if measured else []
+    return {
+        "readings": {n: over_seeds([Reading(**r["readings"][n]) for r in measured if n in r["readings"]]) for n in names},
+        "notes": sorted({note for r in there for note in r["notes"]}),
+        "figures": there[0]["figures"],
+        "seconds": round(sum(r["seconds"] for r in there), 3),
+        "forks": sum(r["forks"] for r in there),
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from cupel import __version__
+
+    return {"cupel": __version__, "python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy")}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _claims(plan: Plan) -> dict[str, str]:
+    from cupel.runner.claims import record_of
+
+    names = {r.name for steps in plan.recipe.variants.values() for s in steps for r in s.refs}
+    names |= {r.name for r in plan.recipe.probes} | {plan.recipe.workload.name}
+    found = {name: record_of(name) if ":" not in name else None for name in sorted(names)}
+    return {name: record["verdict"] if record else "unmeasured" for name, record in found.items()}
+
+
+def write_run(folder: Path, plan: Plan, card: Mapping[str, Any]) -> None:
+    """Recipe, scorecard and page; the models are written by the jobs that made them."""
+    text = yaml.safe_dump(_listed(plan.recipe.plain()), sort_keys=False, allow_unicode=True)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    write_json(folder / "scorecard.json", card)
+    from cupel.report.html import write_page
+
+    write_page(card, folder / "scorecard.html")
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _listed(v) for k, v in value.items()}
+    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def exit_code(card: Mapping[str, Any]) -> int:
+    """0 when everything ran and the gate passes, else 1."""
+    failed = any(v["failures"] for v in card["variants"].values())
+    return int(failed or any(not g["passed"] for g in card["gate"]))
