@@ -11,6 +11,7 @@ import importlib.util
 import json
 import operator
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ def run_claim(name: str, quick: bool = False, tell: Callable[[str], None] = lamb
     spec = importlib.util.spec_from_file_location(f"cupel_claim_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their own module up while they are made
     spec.loader.exec_module(module)
     claim: Claim = module.CLAIM
     if not claim.bounds:
@@ -126,8 +128,6 @@ def write_record(record: dict[str, Any]) -> Path:
 
 
 if __name__ == "__main__":  # python -m cupel.runner.claims NAME [--quick] [--record]
-    import sys
-
     made = run_claim(sys.argv[1], "--quick" in sys.argv, print)
     print(json.dumps(made, indent=1))
     if "--record" in sys.argv:

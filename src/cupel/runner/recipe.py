@@ -14,6 +14,7 @@ from cupel.core.errors import RecipeError, nearest
 from cupel.runner.tree import Tree, from_python, parse_file, put_at
 
 TOP = ("workload", "seeds", "given", "variants", "steps", "techniques", "probes", "gate")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _RULE = re.compile(
     r"\s*(>=|<=|>|<)\s*(?:(?P<base>[A-Za-z_][\w-]*?)\s*(?:(?P<arith>\s[-+*/]\s|[*/+])\s*(?P<by>[\d.]+(?:[eE][-+]?\d+)?))?"
     r"|(?P<number>-?[\d.]+(?:[eE][-+]?\d+)?))\s*$"
@@ -137,7 +138,7 @@ def _recipe(tree: Tree, opened: tuple[Path, ...]) -> Recipe:
         )
     if ways[0] == "variants":
         named = top["variants"].mapping("`variants`")
-        variants = {name: _steps(t, f"variant {name!r}") for name, t in named.items()}
+        variants = {_name(name, t): _steps(t, f"variant {name!r}") for name, t in named.items()}
         if not variants:
             raise top["variants"].error("`variants` must name at least one; it is empty. Add `plain: [fit]`.")
     elif ways[0] == "steps":
@@ -153,6 +154,13 @@ def _recipe(tree: Tree, opened: tuple[Path, ...]) -> Recipe:
         _given(top["given"], opened) if "given" in top else {},
         gate_rules(top["gate"], variants) if "gate" in top else (),
     )
+
+
+def _name(name: str, tree: Tree) -> str:
+    """Names of variants and labels become names of files, so they are kept plain."""
+    if not _NAME.fullmatch(name):
+        raise tree.error(f"a name must be letters, digits, '-', '_' and '.'; got {name!r:.40}. Choose a plain one.")
+    return name
 
 
 def _seeds(tree: Tree) -> tuple[int, ...]:
@@ -217,7 +225,7 @@ def _ref(tree: Tree, what: str) -> Ref:
             params = {k: t.plain() for k, t in body.mapping(f"the parameters of {name}").items()} if body.value else {}
             if body.value and not isinstance(body.value, dict):
                 raise body.error(f"the parameters of {name} must be a mapping; got {body.told()}. Write `{{key: value}}`.")
-            return Ref(name, params, str(label.value) if label else name, tree.where)
+            return Ref(name, params, _name(str(label.value), label) if label else name, tree.where)
     raise tree.error(f"{what} must be a name or `{{name: {{parameter: value}}}}`; got {tree.told()}. Name one method.")
 
 

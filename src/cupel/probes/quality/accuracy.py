@@ -18,6 +18,7 @@ CARD = Card(
     tags=("quality",),
     needs=("classes",),
     readings=("accuracy", "worst_class_accuracy"),
+    ordered={"accuracy": "trained"},
 )
 
 
