@@ -77,7 +77,10 @@ def trainers(subject: Subject) -> dict[str, Trainer]:
         fit(model, data, subject.task, budget=budget)
 
     found: dict[str, Trainer] = {"bare": bare, "cupel": ours}
-    for name, module, trainer in (("fabric", "lightning_fabric", with_fabric), ("accelerate", "accelerate", with_accelerate)):
+    for name, module, trainer in (
+        ("fabric", "lightning_fabric", with_fabric),
+        ("accelerate", "accelerate", with_accelerate),
+    ):
         try:
             __import__(module)
         except ImportError:
@@ -97,7 +100,9 @@ def main() -> None:
         subject = build(find("workload", name).load()(), Context())
         small = name != "digits-cnn"
         data = subject.data.train.take(torch.arange(640)) if small else subject.data.train
-        budget = replace(subject.budget, epochs=1 if small else 8, optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant")
+        budget = replace(
+            subject.budget, epochs=1 if small else 8, optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant"
+        )
         runs = trainers(subject)
         times: dict[str, list[float]] = {k: [] for k in runs}
         for n in range(chosen.rounds + 1):

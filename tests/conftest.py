@@ -31,4 +31,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def _is_contract(report: object) -> bool:
-    return "test_contract[" in str(getattr(report, "nodeid", "")) and getattr(report, "when", "call") in ("call", "setup")
+    return "test_contract[" in str(getattr(report, "nodeid", "")) and getattr(report, "when", "call") in (
+        "call",
+        "setup",
+    )

@@ -31,7 +31,9 @@ def test_few_are_exempt() -> None:
 
 
 def test_every_need_is_given_somewhere() -> None:
-    given = {word for e in entries("workload") for word in e.card().gives} | {w for e in entries() for w in e.card().gives}
+    given = {word for e in entries("workload") for word in e.card().gives} | {
+        w for e in entries() for w in e.card().gives
+    }
     for entry in entries():
         assert set(entry.card().needs) <= given, entry.name
 

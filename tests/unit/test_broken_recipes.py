@@ -48,7 +48,7 @@ BROKEN: dict[str, tuple[str, str, int | None]] = {
     "infinite number": (GOOD + "steps:\n  - fit: {lr: .inf}\n", "finite", 3),
 }  # fmt: skip
 
-PIECES = '''
+PIECES = """
 from dataclasses import dataclass
 from cupel.core.protocols import Hook
 from cupel.core.slots import phase
@@ -67,7 +67,7 @@ class MakeA:
 class MakeB:
     def hook(self, ctx):
         return _Make()
-'''
+"""
 
 
 @pytest.fixture

@@ -52,7 +52,9 @@ def test_layer_imports_only_below(layer: str) -> None:
 @pytest.mark.parametrize("layer", ["techniques", "probes", "workloads", "engines"])
 def test_no_method_imports_another(layer: str) -> None:
     for path in (ROOT / layer).rglob("*.py"):
-        assert not {m for m in imports(path) if m.split(".")[1] in ("techniques", "probes", "workloads", "engines")}, path
+        assert not {m for m in imports(path) if m.split(".")[1] in ("techniques", "probes", "workloads", "engines")}, (
+            path
+        )
 
 
 def test_no_dumping_grounds() -> None:
@@ -68,7 +70,9 @@ def test_fit_is_short() -> None:
     assert (ROOT / "core" / "fit.py").read_text(encoding="utf-8").count("\n") <= 250
 
 
-@pytest.mark.parametrize("words", [["list"], ["list", "--json"], ["show", "pdp"], ["plan", "RECIPE"], ["schema"], ["--help"]])
+@pytest.mark.parametrize(
+    "words", [["list"], ["list", "--json"], ["show", "pdp"], ["plan", "RECIPE"], ["schema"], ["--help"]]
+)
 def test_torch_stays_unloaded(words: list[str]) -> None:
     words = [str(ROOT / "recipes" / "demo.yaml") if w == "RECIPE" else w for w in words]
     code = (

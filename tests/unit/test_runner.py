@@ -50,7 +50,12 @@ def test_shared_beginnings_are_trained_once() -> None:
 
 
 def test_same_bits_for_any_number_of_processes() -> None:
-    parts: dict[str, Any] = {"workload": SMALL, "variants": VARIANTS, "seeds": [0, 1], "probes": ["accuracy", "calibration"]}
+    parts: dict[str, Any] = {
+        "workload": SMALL,
+        "variants": VARIANTS,
+        "seeds": [0, 1],
+        "probes": ["accuracy", "calibration"],
+    }
     assert stripped(run(jobs=1, **parts)) == stripped(run(jobs=2, **parts))
 
 
@@ -58,12 +63,24 @@ def test_run_folder_holds_what_is_promised(tmp_path: Path) -> None:
     out = tmp_path / "run"
     card = run(workload=SMALL, variants=VARIANTS, probes=["accuracy"], out=out, gate={"lean": {"accuracy": ">= 0.0"}})
     assert exit_code(card) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["artefacts", "log.jsonl", "models", "recipe.yaml", "scorecard.html", "scorecard.json"]
-    assert {p.name for p in (out / "models").iterdir()} == {f"{v}-0.{end}" for v in VARIANTS for end in ("safetensors", "json")}
+    assert sorted(p.name for p in out.iterdir()) == [
+        "artefacts",
+        "log.jsonl",
+        "models",
+        "recipe.yaml",
+        "scorecard.html",
+        "scorecard.json",
+    ]
+    assert {p.name for p in (out / "models").iterdir()} == {
+        f"{v}-0.{end}" for v in VARIANTS for end in ("safetensors", "json")
+    }
     assert [p.name for p in (out / "artefacts").iterdir()] == ["masks-lean-0.npz"]
     assert len((out / "log.jsonl").read_text().splitlines()) == 3
     again = read_recipe(out / "recipe.yaml")
-    assert again.plain() == recipe_of(**{k: card["recipe"][k] for k in ("workload", "variants", "seeds", "probes", "gate")}).plain()
+    assert (
+        again.plain()
+        == recipe_of(**{k: card["recipe"][k] for k in ("workload", "variants", "seeds", "probes", "gate")}).plain()
+    )
     with pytest.raises(RecipeError, match="new or empty"):
         run(workload=SMALL, variants=VARIANTS, out=out)
 
@@ -95,7 +112,10 @@ def test_forks_change_what_they_are_asked_to_and_are_cached() -> None:
     half = ctx.fork(data=lambda view: view.with_train(view.train.take(torch.arange(48))))
     assert len(half.data.train) == 48 and len(half.data.test) == 96
     assert not same_bits(state(half.model), state(subject.model))
-    assert same_bits(state(ctx.fork(seed=5).model), state(prepare(DigitsCnn(width=4, examples=96), [FitStep({"epochs": 1})], 5)[0].model))
+    assert same_bits(
+        state(ctx.fork(seed=5).model),
+        state(prepare(DigitsCnn(width=4, examples=96), [FitStep({"epochs": 1})], 5)[0].model),
+    )
     bench = ctx.forker.__self__  # type: ignore[union-attr]
     made = bench.forks_made
     ctx.fork(data=lambda view: view.with_train(view.train.take(torch.arange(48))))

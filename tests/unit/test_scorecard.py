@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from cupel.core.scorecard import Reading, Readings, difference, exact, mean_of, over_seeds, share, t95
-from cupel.runner.gate import judge
 from cupel.report.words import best, number, worse
+from cupel.runner.gate import judge
 from cupel.runner.recipe import recipe_of
 
 
@@ -94,7 +94,17 @@ def test_marks() -> None:
 
 
 def test_numbers_are_short() -> None:
-    shown = [number(v, u) for v, u in [(0.5, "share"), (1.0, "share"), (123456, "bytes"), (999, "params"), (0.12345, "ms"), (math.nan, "")]]
+    shown = [
+        number(v, u)
+        for v, u in [
+            (0.5, "share"),
+            (1.0, "share"),
+            (123456, "bytes"),
+            (999, "params"),
+            (0.12345, "ms"),
+            (math.nan, ""),
+        ]
+    ]
     assert shown == [".500", "1.000", "123 kB", "999 ", "0.123 ms", "-"]
 
 

@@ -8,7 +8,8 @@ from cupel.cli import claim, compare, gate, list_, plan, run, schema, show
 
 app = typer.Typer(
     name="cupel",
-    help="Refine neural networks and test them at once.\n\nExamples:  cupel run   ·   cupel plan recipes/demo.yaml   ·   cupel show pdp",
+    help="Refine neural networks and test them at once.\n\n"
+    "Examples:  cupel run   ·   cupel plan recipes/demo.yaml   ·   cupel show pdp",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

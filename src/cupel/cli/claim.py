@@ -27,8 +27,8 @@ def claim(
     from multiprocessing import get_context
 
     from cupel.core.catalogue import anywhere
-    from cupel.runner.claims import claim_names, run_claim, write_record
     from cupel.core.errors import PlanError, nearest
+    from cupel.runner.claims import claim_names, run_claim, write_record
 
     chosen = names or claim_names()
     for name in chosen:
@@ -58,5 +58,7 @@ def _line(record: dict[str, Any]) -> str:
     for name, q in record["quantities"].items():
         if "bound" in q:
             sign = "held" if q["held"] else "NOT HELD"
-            lines.append(f"  here:  {name} = {q['mean']:.4g} [{q['low']:.4g}, {q['high']:.4g}], bound {q['bound']}: {sign}")
+            lines.append(
+                f"  here:  {name} = {q['mean']:.4g} [{q['low']:.4g}, {q['high']:.4g}], bound {q['bound']}: {sign}"
+            )
     return "\n".join(lines)

@@ -39,8 +39,19 @@ def compare(
         table.add_column(head)
     for row in rows:
         unit = row["unit"]
-        gap = "" if row["gap"] is None else f"{number(row['gap'], unit)} [{number(row['low'], unit)}, {number(row['high'], unit)}]"
-        table.add_row(row["variant"], spoken(row["reading"]), number(row["first"], unit), row["run"], number(row["value"], unit), gap)
+        gap = (
+            ""
+            if row["gap"] is None
+            else f"{number(row['gap'], unit)} [{number(row['low'], unit)}, {number(row['high'], unit)}]"
+        )
+        table.add_row(
+            row["variant"],
+            spoken(row["reading"]),
+            number(row["first"], unit),
+            row["run"],
+            number(row["value"], unit),
+            gap,
+        )
     console().print(table)
 
 
@@ -58,6 +69,7 @@ def _rows(cards: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]
                 gap, low, high = difference(cell, base) if usable and base else (None, None, None)
                 found.append(
                     {"variant": variant, "probe": probe, "reading": reading, "unit": cell["unit"], "run": name,
-                     "first": base["value"] if base else None, "value": cell["value"], "gap": gap, "low": low, "high": high}
+                     "first": base["value"] if base else None, "value": cell["value"],
+                     "gap": gap, "low": low, "high": high}
                 )  # fmt: skip
     return found

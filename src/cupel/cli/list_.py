@@ -35,7 +35,15 @@ def list_(
             continue
         if slot and slot not in (*(u.slot for u in entry.slots()), *entry.forms()):
             continue
-        rows.append({"name": entry.name, "kind": entry.kind, "family": card.family, "tags": list(card.tags), "source": card.source})
+        rows.append(
+            {
+                "name": entry.name,
+                "kind": entry.kind,
+                "family": card.family,
+                "tags": list(card.tags),
+                "source": card.source,
+            }
+        )
     if json_:
         typer.echo(json.dumps(rows, indent=1))
         return

@@ -16,7 +16,9 @@ def run(
     recipe: Path = typer.Argument(None, help="Recipe file. Without it: the demo.", show_default=False),
     out: Path = typer.Option(None, help="Run folder; must be new or empty.", show_default="runs/<recipe>-<time>"),
     seed: list[int] = typer.Option(None, help="Seeds in place of the recipe's.", show_default=False),
-    set_: list[str] = typer.Option(None, "--set", help="path=value, such as workload.digits-cnn.width=8", show_default=False),
+    set_: list[str] = typer.Option(
+        None, "--set", help="path=value, such as workload.digits-cnn.width=8", show_default=False
+    ),
     device: str = typer.Option("cpu", help="auto, cpu or cuda."),
     jobs: int = typer.Option(0, help="Processes; 0 takes one for each core.", min=0),
     every: bool = typer.Option(False, "--every", help="Show all readings, not only the first of each probe."),
@@ -30,9 +32,9 @@ def run(
     import dataclasses
     import os
 
+    from cupel.report.terminal import console, scorecard
     from cupel.runner.plan import make_plan
     from cupel.runner.recipe import read_recipe
-    from cupel.report.terminal import console, scorecard
 
     path = recipe or Path(__file__).parents[1] / "recipes" / "demo.yaml"
     chosen = read_recipe(path, tuple(set_ or ()))
@@ -48,7 +50,10 @@ def run(
         typer.echo(json.dumps(card, indent=1, sort_keys=True, default=str))
     elif not quiet:
         screen.print(scorecard(card, every))
-        screen.print(f"page: {folder / 'scorecard.html'}   numbers: {folder / 'scorecard.json'}   {card['seconds']:.0f} s", soft_wrap=True)
+        screen.print(
+            f"page: {folder / 'scorecard.html'}   numbers: {folder / 'scorecard.json'}   {card['seconds']:.0f} s",
+            soft_wrap=True,
+        )
     from cupel.runner.run import exit_code
 
     raise typer.Exit(exit_code(card))
@@ -66,8 +71,8 @@ def _fresh(stem: str) -> Path:
 def _with_progress(recipe: object, folder: Path, jobs: int, device: str, quiet: bool) -> dict:  # type: ignore[type-arg]
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from cupel.runner.run import run as run_recipe
     from cupel.report.terminal import console
+    from cupel.runner.run import run as run_recipe
 
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     screen = console(stderr=True)

@@ -31,7 +31,11 @@ def recipe_schema() -> dict[str, Any]:
     step = {
         "anyOf": [
             {"const": "fit"},
-            {"type": "object", "additionalProperties": False, "properties": {"fit": fit, "apply": {"$ref": "#/$defs/technique"}}},
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {"fit": fit, "apply": {"$ref": "#/$defs/technique"}},
+            },
         ]
     }
     steps = {"type": "array", "items": {"$ref": "#/$defs/step"}}
@@ -62,7 +66,12 @@ def _ref(kind: str) -> dict[str, Any]:
 
     found = list(entries(kind))
     objects = {
-        e.name: {"type": ["object", "null"], "additionalProperties": False, "properties": {s.name: _param(s) for s in e.params()}, "description": e.summary()}
+        e.name: {
+            "type": ["object", "null"],
+            "additionalProperties": False,
+            "properties": {s.name: _param(s) for s in e.params()},
+            "description": e.summary(),
+        }
         for e in found
     }
     names = {"type": "string", "anyOf": [{"enum": [e.name for e in found]}, {"pattern": "^[\\w.]+:\\w+$"}]}
@@ -70,7 +79,9 @@ def _ref(kind: str) -> dict[str, Any]:
 
 
 def _param(spec: Any) -> dict[str, Any]:
-    kinds = [_KINDS.get(k.strip(), "array" if k.strip().startswith("tuple") else "object") for k in spec.kind.split("|")]
+    kinds = [
+        _KINDS.get(k.strip(), "array" if k.strip().startswith("tuple") else "object") for k in spec.kind.split("|")
+    ]
     default = list(spec.default) if isinstance(spec.default, tuple) else spec.default
     told: dict[str, Any] = {"type": kinds if len(kinds) > 1 else kinds[0], "description": spec.doc, "default": default}
     bounds = {"minimum": spec.ge, "exclusiveMinimum": spec.gt, "maximum": spec.le, "exclusiveMaximum": spec.lt}

@@ -67,10 +67,11 @@ def _text(told: dict[str, Any]) -> str:
     lines = [f"{told['name']}  ({told['kind']})", "", told["doc"], "", f"Source: {told['source']}"]
     if told["parameters"]:
         lines += ["", "Parameters"]
-        lines += [
-            f"  {p['name']} = {p['default']!r}  {p['doc']}{' (' + p['range'] + ')' if p['range'] else ''}{' [' + p['unit'] + ']' if p['unit'] else ''}"
-            for p in told["parameters"]
-        ]
+        for p in told["parameters"]:
+            extra = "".join(
+                f" {mark}" for mark in (p["range"] and f"({p['range']})", p["unit"] and f"[{p['unit']}]") if mark
+            )
+            lines.append(f"  {p['name']} = {p['default']!r}  {p['doc']}{extra}")
     for key in ("forms", "slots", "needs", "reads", "writes", "readings"):
         if told[key]:
             lines.append(f"{key.capitalize()}: {', '.join(told[key])}")

@@ -171,7 +171,9 @@ def find(kind: str, name: str) -> Entry:
             return entry
         known[entry.name] = entry
     plural = {"technique": "techniques", "probe": "probes", "workload": "workloads", "engine": "engines"}[kind]
-    raise PlanError(f"a {kind} must be one of `cupel list {plural}`; got {name!r}.{nearest(name, known)} Correct the name.")
+    raise PlanError(
+        f"a {kind} must be one of `cupel list {plural}`; got {name!r}.{nearest(name, known)} Correct the name."
+    )
 
 
 def anywhere(name: str) -> Entry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -20,7 +20,7 @@ ModelChange = Callable[[nn.Module], nn.Module]
 
 
 class Forker(Protocol):
-    """Runs the present recipe again with one change (see `core.runner`)."""
+    """Runs the present recipe again with one change (see `cupel.runner.bench`)."""
 
     def __call__(self, data: DataChange | None, model: ModelChange | None, seed: int | None) -> Subject: ...
 
@@ -82,9 +82,9 @@ class Context:
         """A generator of this method's own; adding another method moves none of its numbers."""
         return seeded(self.seed, *self.path, name)
 
-    def scope(self, name: str) -> contextmanager[None]:  # type: ignore[valid-type]
+    def scope(self, name: str) -> AbstractContextManager[None]:
         """Inside, torch's global generator is seeded for `name`: layer initialisation and dropout belong here."""
-        return global_seed(derive(self.seed, *self.path, name))  # type: ignore[return-value]
+        return global_seed(derive(self.seed, *self.path, name))
 
     def child(self, name: str, **changes: object) -> Context:
         """The context of a part of the present step."""

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+CIRCLES = (1, 2, 4, 6)  # periods looked for; signed steps in a ball end almost only in even ones
 Project = Callable[[Tensor, Tensor], Tensor]  # (x, rows) -> x inside the allowed set
 
 
@@ -41,7 +42,8 @@ def descend(
     """Lower `objective` row by row from `start` `[N, ...]`; finished rows are dropped from the work.
 
     One forward serves both the loss and the check: a row is checked by the forward that would compute
-    its next gradient, so `steps` moves cost at most `steps` + 1 forwards and `steps` backwards.
+    its next gradient, so `steps` moves cost at most `steps` forwards and as many backwards. Where the last
+    move leads, the caller looks for itself.
 
     Args:
         start: `[N, ...]`; not changed.
@@ -50,15 +52,15 @@ def descend(
         move: the step rule (`sign_move`, `adam_move`, or your own).
         project: back into the allowed set after every move.
         memoryless: `objective`, `move` and `project` look at nothing but x. Then a row that a move leaves
-            where it was, or brings back to where it was one move earlier, would rest or go to and fro for
-            ever between points that were checked already: it is dropped too.
+            where it was, or brings back to where it was 2, 4 or 6 moves earlier, would circle for ever
+            among points that were checked already: it is dropped too.
 
     Returns:
         `[N, ...]` where each row stopped.
     """
     x = start.detach().clone()
     rows = torch.arange(len(x), device=x.device)
-    here, before = start.detach(), None  # of the active rows: where they are, and where they were one move ago
+    here, trail = start.detach(), []  # of the active rows: where they are, and where they were, newest last
     for k in range(steps):
         if not len(rows):
             break
@@ -76,27 +78,29 @@ def descend(
                 x[rows[done]] = here[done]
                 keep = ~done
                 rows, here, grad = rows[keep], here[keep], grad[keep]
-                before = None if before is None else before[keep]
+                trail = [past[keep] for past in trail]
             new = move(here, grad, rows, k)
             new = project(new, rows) if project is not None else new
             if memoryless:
-                rests = _rests(new, here, before)
+                trail = [*trail[-CIRCLES[-1] + 1 :], here]
+                rests = _rests(new, trail)
                 if bool(rests.any()):
                     x[rows[rests]] = new[rests]
-                    rows, here, new = rows[~rests], here[~rests], new[~rests]
-                before = here
+                    rows, new, trail = rows[~rests], new[~rests], [past[~rests] for past in trail]
             here = new
     x[rows] = here
     return x
 
 
-def _rests(new: Tensor, here: Tensor, before: Tensor | None) -> Tensor:
-    """Rows `[R]` that stay at `here`, or are back at `before` up to rounding."""
-    shift = (new - here).flatten(1).abs().amax(dim=1)
-    if before is None:
-        return shift == 0
-    # Rounding moves a row that goes to and fro by far less than one part in a thousand of its step.
-    return (shift == 0) | ((new - before).flatten(1).abs().amax(dim=1) <= 1e-3 * shift)
+def _rests(new: Tensor, trail: list[Tensor]) -> Tensor:
+    """Rows `[R]` of `new` that are, up to rounding, where they were one of `CIRCLES` moves ago."""
+    shift = (new - trail[-1]).flatten(1).abs().amax(dim=1)
+    found = shift == 0
+    for ago in CIRCLES[1:]:
+        if ago <= len(trail):
+            # Rounding shifts a row that circles by far less than one part in a thousand of its step.
+            found |= (new - trail[-ago]).flatten(1).abs().amax(dim=1) <= 1e-3 * shift
+    return found
 
 
 def sign_move(size: float) -> Move:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cupel.core.context import Context, derive, global_seed
 from cupel.core.errors import CupelError
 from cupel.core.params import check
-from cupel.core.protocols import Hook, Update
+from cupel.core.protocols import Update
 from cupel.core.shelf import Shelf
 from cupel.core.slots import Hooks, SlotUse
 from cupel.core.types import Batch, Bounds, Budget, Dataset, Examples, Splits, Task, TrainView
@@ -42,7 +42,7 @@ class Loop:
         self.step, self.steps = 0, max(steps, 1)
         self.epoch, self.epochs = 0, budget.epochs
         self.lr = budget.lr
-        self.batch: Batch | None = None
+        self.batch = Batch(torch.empty(0), torch.empty(0), torch.empty(0))  # until the first step
         self._seed = derive(ctx.seed, *ctx.path, "inside")
         self._calls = 0
 
@@ -55,7 +55,8 @@ class Loop:
 
     def forward(self, batch: Batch) -> Tensor:
         with self.hooks.around_forward(self) if self.hooks.wraps_forward else nullcontext():
-            return self.model(batch.inputs)
+            out: Tensor = self.model(batch.inputs)
+            return out
 
     def output_of(self, batch: Batch) -> Tensor:
         # Dropout in a hook's forward draws from a stream of its own: the main one stays where it was.
@@ -139,7 +140,9 @@ def trained_parameters(model: nn.Module, hooks: Hooks) -> dict[str, nn.Parameter
     return params
 
 
-def run_fit(model: nn.Module, data: TrainView, task: Task, budget: Budget, named: Sequence[Named], ctx: Context) -> nn.Module:
+def run_fit(
+    model: nn.Module, data: TrainView, task: Task, budget: Budget, named: Sequence[Named], ctx: Context
+) -> nn.Module:
     """One whole fit on `model` (changed in place unless a technique makes another)."""
     for t in named:
         if hasattr(t.method, "data"):
@@ -202,7 +205,7 @@ def fit(
     view = data.view() if isinstance(data, Splits) else data
     device, shelf = torch.device(device), Shelf() if shelf is None else shelf
     ctx = Context(seed=seed, path=("fit",), shelf=shelf, device=device, train=view, task=task, bounds=bounds)
-    named = []
+    named: list[Named] = []
     for technique in techniques:
         check(technique)
         label = type(technique).__name__.lower()

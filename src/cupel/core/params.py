@@ -92,7 +92,7 @@ def _fits(value: object, kind: str) -> bool:
     return isinstance(value, named.get(kind, object))
 
 
-def specs_of(method: type) -> list[ParamSpec]:
+def specs_of(method: Any) -> list[ParamSpec]:
     """The parameters of an imported method class."""
     found = []
     for f in dataclasses.fields(method):
@@ -119,6 +119,6 @@ def check_values(name: str, specs: list[ParamSpec], given: Mapping[str, object])
 
 def check(method: object) -> None:
     """Raise `ParamError` if a constructed method holds a value outside its declared range."""
-    kind = type(method)
+    kind: Any = type(method)
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(kind)}
     check_values(kind.__name__, specs_of(kind), values)

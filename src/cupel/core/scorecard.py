@@ -78,7 +78,7 @@ def exact(value: float, unit: str, better: str = "none") -> Reading:
 class Readings(Mapping[str, Reading]):
     """What a probe found: readings by name, notes in words, and figures as plain JSON for the page."""
 
-    values: Mapping[str, Reading]
+    by_name: Mapping[str, Reading]
     notes: tuple[str, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
 
@@ -96,13 +96,13 @@ class Readings(Mapping[str, Reading]):
         return cls(made, tuple(notes), dict(figures or {}))
 
     def __getitem__(self, name: str) -> Reading:
-        return self.values[name]
+        return self.by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self.by_name)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.by_name)
 
 
 def over_seeds(per_seed: Sequence[Reading]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cupel.core.budget import Budget
+from cupel.core.budget import Budget as Budget  # part of this module's vocabulary
 from cupel.core.errors import ContractError
 
 if TYPE_CHECKING:
@@ -101,10 +102,10 @@ class Examples:
         """
         count = len(self)
         order = None if draw is None else torch.randperm(count, generator=draw)
-        edges = list(range(0, count, size)) + [count]
+        edges = [*range(0, count, size), count]
         if draw is not None and len(edges) > 2 and edges[-1] - edges[-2] == 1:
             del edges[-2]
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             rows: Tensor | slice = slice(low, high) if order is None else order[low:high]
             yield Batch(self.inputs[rows], self.targets[rows], self.index[rows])
 

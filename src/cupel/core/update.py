@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,18 +19,18 @@ class TorchUpdate:
     def __init__(self, params: Mapping[str, nn.Parameter], budget: Budget) -> None:
         self.params = dict(params)
         values = list(self.params.values())
-        common = {"lr": budget.lr, "weight_decay": budget.weight_decay}
-        makers = {
-            "sgd": lambda: torch.optim.SGD(values, momentum=budget.momentum, **common),
-            "adam": lambda: torch.optim.Adam(values, **common),
-            "adamw": lambda: torch.optim.AdamW(values, **common),
+        lr, decay = budget.lr, budget.weight_decay
+        makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+            "sgd": lambda: torch.optim.SGD(values, lr, momentum=budget.momentum, weight_decay=decay),
+            "adam": lambda: torch.optim.Adam(values, lr, weight_decay=decay),
+            "adamw": lambda: torch.optim.AdamW(values, lr, weight_decay=decay),
         }
         if budget.optimizer not in makers:
             raise ParamError(
                 f"optimizer must be one of {', '.join(makers)}; got {budget.optimizer!r}."
                 f"{nearest(budget.optimizer, makers)}"
             )
-        self.optimizer: torch.optim.Optimizer = makers[budget.optimizer]()
+        self.optimizer = makers[budget.optimizer]()
         self.steps = 0
 
     def ahead(self) -> AbstractContextManager[None]:
@@ -78,6 +78,5 @@ def lr_at(budget: Budget, progress: float) -> float:
     if budget.schedule == "linear":
         return budget.lr * (1 - progress)
     raise ParamError(
-        f"schedule must be one of {', '.join(SCHEDULES)}; got {budget.schedule!r}."
-        f"{nearest(budget.schedule, SCHEDULES)}"
+        f"schedule must be one of {', '.join(SCHEDULES)}; got {budget.schedule!r}.{nearest(budget.schedule, SCHEDULES)}"
     )

@@ -25,7 +25,9 @@ def page(card: Mapping[str, Any]) -> str:
     frame = (_HERE / "page.html").read_text(encoding="utf-8")
     parts = {
         "STYLE": (_HERE / "page.css").read_text(encoding="utf-8"),
-        "TITLE": html.escape(f"{_name(card['recipe']['workload'])}: {len(card['variants'])} variants, {len(card['seeds'])} seeds"),
+        "TITLE": html.escape(
+            f"{_name(card['recipe']['workload'])}: {len(card['variants'])} variants, {len(card['seeds'])} seeds"
+        ),
         "VERDICT": _gate(card),
         "TABLE": _table(card),
         "REMARKS": _remarks(card),
@@ -62,7 +64,9 @@ def _table(card: Mapping[str, Any]) -> str:
     last = ""
     for probe, reading, cells in rows_of(card):
         if probe != last:
-            lines.append(f'<tr class="probe"><th scope="rowgroup" colspan="{len(names) + 1}">{html.escape(probe)}</th></tr>')
+            lines.append(
+                f'<tr class="probe"><th scope="rowgroup" colspan="{len(names) + 1}">{html.escape(probe)}</th></tr>'
+            )
             last = probe
         top, base = best(cells), cells.get(card["baseline"])
         tds = "".join(_td(cells.get(n), n in top, base) for n in names)
@@ -76,10 +80,17 @@ def _td(cell: Mapping[str, Any] | None, top: bool, base: Mapping[str, Any] | Non
     bad = base is not None and base is not cell and worse(cell, base)
     kind = "best" if top else "worse" if bad else ""
     mark = '<span class="mark" title="best of its row">&#9650;</span>' if top else ""
-    mark = '<span class="mark" title="worse than the baseline beyond the interval">&#9660;</span>' if bad and not top else mark
-    seeds = ", ".join(number(v, cell["unit"]) for v in cell["seeds"])
-    title = html.escape(f"95%: {number(cell['low'], cell['unit'])} to {number(cell['high'], cell['unit'])}; seeds: {seeds}; n = {cell['count']}")
-    return f'<td class="{kind}" title="{title}">{number(cell["value"], cell["unit"])} <small>{spread(cell)}</small>{mark}</td>'
+    mark = (
+        '<span class="mark" title="worse than the baseline beyond the interval">&#9660;</span>'
+        if bad and not top
+        else mark
+    )
+    unit = cell["unit"]
+    seeds = ", ".join(number(v, unit) for v in cell["seeds"])
+    span = f"{number(cell['low'], unit)} to {number(cell['high'], unit)}"
+    title = html.escape(f"95%: {span}; seeds: {seeds}; n = {cell['count']}")
+    shown = f"{number(cell['value'], unit)} <small>{spread(cell)}</small>{mark}"
+    return f'<td class="{kind}" title="{title}">{shown}</td>'
 
 
 def _gate(card: Mapping[str, Any]) -> str:
@@ -114,4 +125,5 @@ def _claims(card: Mapping[str, Any]) -> str:
 def _about(card: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in card["versions"].items())
     machine = card["machine"]
-    return f"{card['date']}; {versions}; {machine['processor']}, {machine['cores']} cores, {machine['device']}; {card['seconds']} s"
+    where = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
+    return f"{card['date']}; {versions}; {where}; {card['seconds']} s"

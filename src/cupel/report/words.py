@@ -81,13 +81,19 @@ def rows_of(card: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Mapping[s
         for content in variants.values():
             names += [n for n in content["probes"][probe]["readings"] if n not in names]
         for name in names:
-            cells = {v: c["probes"][probe]["readings"][name] for v, c in variants.items() if name in c["probes"][probe]["readings"]}
+            cells = {
+                v: c["probes"][probe]["readings"][name]
+                for v, c in variants.items()
+                if name in c["probes"][probe]["readings"]
+            }
             found.append((probe, name, cells))
     return found
 
 
 def _recipe_order(card: Mapping[str, Any], probes: list[str]) -> list[str]:
-    told = [p if isinstance(p, str) else p.get("as") or next(k for k in p if k != "as") for p in card["recipe"]["probes"]]
+    told = [
+        p if isinstance(p, str) else p.get("as") or next(k for k in p if k != "as") for p in card["recipe"]["probes"]
+    ]
     return [p for p in told if p in probes]
 
 

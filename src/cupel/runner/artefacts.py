@@ -31,6 +31,6 @@ def save_artefacts(entries: Mapping[str, object], folder: Path, stem: str) -> di
             notes[key] = {str(k): float(v) for k, v in arrays.items()}
         elif all(isinstance(v, Tensor) for v in arrays.values()):
             name = f"{key}-{stem}.npz"
-            np.savez_compressed(folder / name, **{str(k): v.detach().cpu().numpy() for k, v in arrays.items()})  # type: ignore[arg-type]
+            np.savez_compressed(folder / name, **{str(k): v.detach().cpu().numpy() for k, v in arrays.items()})
             files.append(name)
     return {"artefacts": files, "notes": notes}

@@ -14,10 +14,10 @@ import torch
 from cupel.core.context import Context, DataChange, ModelChange
 from cupel.core.errors import ContractError
 from cupel.core.params import check
-from cupel.runner.recipe import GivenSpec, Ref, StepSpec
 from cupel.core.shelf import TEACHER, Entry, Key, Shelf
 from cupel.core.steps import ApplyStep, FitStep, Step, build, run_step, run_steps
 from cupel.core.types import Subject, TrainView, digest
+from cupel.runner.recipe import GivenSpec, Ref, StepSpec
 
 Report = Callable[[Mapping[str, object]], None]
 
@@ -81,6 +81,7 @@ class Bench:
         if data is not None and other.data.fingerprint == print_:
             # The recipe inside the recipe sees the same change: it is part of what runs again.
             other = other.with_data(other.data.seen_as(data(other.data.view())))
+        assert other.shelf is not None
         return run_steps(other, spec.steps, replace(ctx, path=(f"given-{name}",), shelf=other.shelf))
 
     def step(self, subject: Subject, name: str, step: Step) -> Subject:
@@ -116,7 +117,11 @@ def key_named(name: str) -> Key[Any]:
 
 
 def prepare(
-    workload: Any, steps: Sequence[Step] = (), seed: int = 0, device: str = "cpu", given: Mapping[str, GivenRun] | None = None
+    workload: Any,
+    steps: Sequence[Step] = (),
+    seed: int = 0,
+    device: str = "cpu",
+    given: Mapping[str, GivenRun] | None = None,
 ) -> tuple[Subject, Context]:
     """Run steps on a fresh subject in this process, and get a context that can fork.
 

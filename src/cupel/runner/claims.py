@@ -23,7 +23,12 @@ import torch
 from cupel.core.errors import ContractError, MissingData, PlanError, nearest
 from cupel.core.scorecard import mean_of, write_json
 
-_OPS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_OPS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,9 @@ def _record(claim: Claim, rows: list[dict[str, float]], quick: bool, seconds: fl
         sign, _, number = bound.partition(" ")
         if rows:
             if quantity not in found:
-                raise ContractError(f"the claim of {claim.method} must measure {quantity!r}; it returned {sorted(found)}.")
+                raise ContractError(
+                    f"the claim of {claim.method} must measure {quantity!r}; it returned {sorted(found)}."
+                )
             mean = found[quantity]["mean"]
             found[quantity] |= {"bound": bound, "held": mean == mean and _OPS[sign](mean, float(number))}
     held = bool(rows) and all(v.get("held", True) for v in found.values())

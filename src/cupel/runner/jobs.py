@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from cupel.core.errors import CupelError, NotApplicable
+from cupel.core.scorecard import write_json
 from cupel.runner.plan import Node, Plan, known, method_of
 from cupel.runner.recipe import Recipe, Ref
-from cupel.core.scorecard import write_json
 
 
 @dataclass
@@ -62,7 +62,9 @@ def do_node(recipe: Recipe, node: Node, parent: bytes, device: str) -> Made:
             return Made(b"", log, f"{node.name}: {error}")
 
 
-def do_probes(recipe: Recipe, variant: str, seed: int, blob: bytes, device: str, refs: tuple[Ref, ...]) -> dict[str, Any]:
+def do_probes(
+    recipe: Recipe, variant: str, seed: int, blob: bytes, device: str, refs: tuple[Ref, ...]
+) -> dict[str, Any]:
     """Measure one variant and seed with `refs`; forks are shared between these probes."""
     from cupel.runner.bench import thawed
 
@@ -88,14 +90,18 @@ def _measure(ref: Ref, subject: Any, bench: Any) -> dict[str, Any]:
         readings = probe.measure(subject, ctx)
     except NotApplicable as reason:
         return {"readings": {}, "notes": [f"not applicable: {reason}"], "figures": {}}
-    return {"readings": {n: asdict(r) for n, r in readings.items()}, "notes": list(readings.notes), "figures": dict(readings.figures)}
+    return {
+        "readings": {n: asdict(r) for n, r in readings.items()},
+        "notes": list(readings.notes),
+        "figures": dict(readings.figures),
+    }
 
 
 def save_result(recipe: Recipe, variant: str, seed: int, blob: bytes, folder: Path) -> dict[str, Any]:
     """Write the network, how it came about, and its artefacts; returns names and notes."""
-    from cupel.runner.bench import thawed
-    from cupel.runner.artefacts import save_artefacts
     from cupel.core.store import save_model
+    from cupel.runner.artefacts import save_artefacts
+    from cupel.runner.bench import thawed
 
     subject = thawed(_bare(_bench(recipe, variant, seed, "cpu", [])), blob)
     stem = f"{variant}-{seed}"
@@ -175,7 +181,9 @@ def run_jobs(
 class _Run:
     """Hands jobs to an executor as soon as what they wait for is done."""
 
-    def __init__(self, plan: Plan, device: str, folder: Path | None, tell: Callable[[str, int, int], None] | None, pool: Executor) -> None:
+    def __init__(
+        self, plan: Plan, device: str, folder: Path | None, tell: Callable[[str, int, int], None] | None, pool: Executor
+    ) -> None:
         self.plan, self.device, self.folder, self.pool = plan, device, folder, pool
         self.tell = tell or (lambda what, done, total: None)
         self.made: dict[str, Made] = {}
@@ -199,7 +207,9 @@ class _Run:
                 self._finished(kind, what, future.result())
         for leaf in self.plan.leaves if self.timed else ():  # alone on the machine, one after another
             if not self.outcomes[leaf].failure:
-                found = self.pool.submit(do_probes, self.plan.recipe, *leaf, self._blob(leaf), self.device, self.timed).result()
+                found = self.pool.submit(
+                    do_probes, self.plan.recipe, *leaf, self._blob(leaf), self.device, self.timed
+                ).result()
                 self.outcomes[leaf].probes |= found
             self._count(f"{leaf[0]}, seed {leaf[1]}: timed")
         self._write_log()
@@ -235,7 +245,9 @@ class _Run:
         outcome, key = self.outcomes[leaf], self.plan.leaves[leaf]
         while key:
             node = self.plan.nodes[key]
-            outcome.curve = [{**e, "step": node.name} for e in self.made[key].curve if e.get("kind") == "epoch"] + outcome.curve
+            outcome.curve = [
+                {**e, "step": node.name} for e in self.made[key].curve if e.get("kind") == "epoch"
+            ] + outcome.curve
             key = node.parent
         if self.folder is not None:
             saved = save_result(self.plan.recipe, *leaf, self._blob(leaf), self.folder)

@@ -20,8 +20,8 @@ from cupel.core.errors import CupelError, MissingExtra, ParamError, PlanError, n
 from cupel.core.naming import step_names
 from cupel.core.params import ParamSpec, check_values, specs_of
 from cupel.core.protocols import FORMS, Card
-from cupel.runner.recipe import GateRule, GivenSpec, Recipe, Ref, StepSpec
 from cupel.core.slots import SlotUse, clashes
+from cupel.runner.recipe import GateRule, GivenSpec, Recipe, Ref, StepSpec
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ def method_of(kind: str, ref: Ref) -> Any:
 
 def _check_extras(card: Card) -> None:
     for extra in card.extras:
-        wanted = [r.split(";")[0].strip() for r in requires("cupel") or [] if f'extra == "{extra}"' in r.replace("'", '"')]
+        wanted = [
+            r.split(";")[0].strip() for r in requires("cupel") or [] if f'extra == "{extra}"' in r.replace("'", '"')
+        ]
         for package in (w.split(">")[0].split("=")[0].split("[")[0].strip() for w in wanted):
             try:
                 version(package)
@@ -148,11 +150,15 @@ def _check_steps(workload: Ref, steps: tuple[StepSpec, ...], shelf: frozenset[st
         for m in methods:
             _check_place(m, step, able, shelf, workload)
         if step.kind == "fit":
-            faults = clashes([dataclasses.replace(u, label=m.ref.label) for m in methods for u in m.slots if u.slot != "seal"])
+            faults = clashes(
+                [dataclasses.replace(u, label=m.ref.label) for m in methods for u in m.slots if u.slot != "seal"]
+            )
             if faults:
                 raise PlanError(f"{step.where}: {faults[0]}" if step.where else faults[0])
             if "gradients" not in able:
-                raise PlanError(f"{step.where}: a fit must come before a step that ends training; it comes after. Move it up.")
+                raise PlanError(
+                    f"{step.where}: a fit must come before a step that ends training; it comes after. Move it up."
+                )
         for m in methods:
             twice = shelf & set(m.card.writes)
             if twice:
@@ -176,14 +182,19 @@ def _check_budget(step: StepSpec) -> None:
 def _check_place(m: Known, step: StepSpec, able: frozenset[str], shelf: frozenset[str], workload: Ref) -> None:
     at = f"{m.ref.where}: " if m.ref.where else ""
     if step.kind == "apply" and not set(m.forms) & {"procedure", "model", "seal"}:
-        raise PlanError(f"{at}`apply` must name a technique that changes a network; {m.ref.label} acts during training. Put it under `fit: {{techniques: [...]}}`.")
+        raise PlanError(
+            f"{at}`apply` must name a technique that changes a network; {m.ref.label} acts during training. "
+            "Put it under `fit: {techniques: [...]}`."
+        )
     if step.kind == "fit" and m.forms == ("procedure",):
-        raise PlanError(f"{at}a technique in `fit` must act within it; {m.ref.label} owns its step. Write `apply: {m.ref.label}`.")
+        raise PlanError(
+            f"{at}a technique in `fit` must act within it; {m.ref.label} owns its step. Write `apply: {m.ref.label}`."
+        )
     lacks = sorted(set(m.card.needs) - able)
     if lacks:
         raise PlanError(
-            f"{at}{m.ref.label} must have {', '.join(lacks)}; {workload.name} gives {', '.join(sorted(able))} at this step. "
-            "Choose another workload, or an earlier place."
+            f"{at}{m.ref.label} must have {', '.join(lacks)}; {workload.name} gives "
+            f"{', '.join(sorted(able))} at this step. Choose another workload, or an earlier place."
         )
     missing = sorted(set(m.card.reads) - shelf)
     if missing:
@@ -200,8 +211,8 @@ def _check_probes(recipe: Recipe, plan: Plan) -> None:
         lacks = sorted(set(probe.card.needs) - base)
         if lacks:
             raise PlanError(
-                f"{ref.where + ': ' if ref.where else ''}probe {ref.label} must have {', '.join(lacks)}; {recipe.workload.name} "
-                f"gives {', '.join(sorted(base))}. Remove the probe, or choose another workload."
+                f"{ref.where + ': ' if ref.where else ''}probe {ref.label} must have {', '.join(lacks)}; "
+                f"{recipe.workload.name} gives {', '.join(sorted(base))}. Remove the probe, or choose another workload."
             )
         forks = probe.card.forks
         if isinstance(forks, str):
@@ -216,7 +227,8 @@ def _check_gate(rule: GateRule, probes: tuple[Ref, ...]) -> None:
     if rule.reading not in readings | full:
         raise PlanError(
             f"{rule.where + ': ' if rule.where else ''}a gate must name a reading of the recipe's probes; got "
-            f"{rule.reading!r}.{nearest(rule.reading, readings | full)} Add the probe that measures it, or correct the name."
+            f"{rule.reading!r}.{nearest(rule.reading, readings | full)} "
+            "Add the probe that measures it, or correct the name."
         )
 
 
@@ -238,7 +250,9 @@ def _expand(recipe: Recipe, plan: Plan) -> None:
                 plan.nodes[key] = dataclasses.replace(node, variants=(*node.variants, variant))
             plan.leaves[variant, seed] = key
     default = Budget().epochs
-    plan.epochs = sum(int(n.step.budget.get("epochs", default)) for n in plan.nodes.values() if n.step and n.step.kind == "fit")
+    plan.epochs = sum(
+        int(n.step.budget.get("epochs", default)) for n in plan.nodes.values() if n.step and n.step.kind == "fit"
+    )
 
 
 def describe(plan: Plan) -> dict[str, Any]:

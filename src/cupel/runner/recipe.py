@@ -205,7 +205,8 @@ def _refs(tree: Tree, what: str) -> tuple[Ref, ...]:
         ref = _ref(item, f"an entry of {what}")
         if any(r.label == ref.label for r in found):
             raise item.error(
-                f"{ref.label!r} must stand once in {what}; it stands twice. Give the second a name with `as: other-name`."
+                f"{ref.label!r} must stand once in {what}; it stands twice. "
+                "Give the second a name with `as: other-name`."
             )
         found.append(ref)
     return tuple(found)
@@ -224,7 +225,9 @@ def _ref(tree: Tree, what: str) -> Ref:
             name, body = next(iter(rest.items()))
             params = {k: t.plain() for k, t in body.mapping(f"the parameters of {name}").items()} if body.value else {}
             if body.value and not isinstance(body.value, dict):
-                raise body.error(f"the parameters of {name} must be a mapping; got {body.told()}. Write `{{key: value}}`.")
+                raise body.error(
+                    f"the parameters of {name} must be a mapping; got {body.told()}. Write `{{key: value}}`."
+                )
             return Ref(name, params, _name(str(label.value), label) if label else name, tree.where)
     raise tree.error(f"{what} must be a name or `{{name: {{parameter: value}}}}`; got {tree.told()}. Name one method.")
 
@@ -245,7 +248,10 @@ def _given(tree: Tree, opened: tuple[Path, ...]) -> dict[str, GivenSpec]:
             base = opened[-1].parent if opened else Path.cwd()
             other = read_recipe(base / body.value, (), opened)
             if len(other.variants) != 1:
-                raise body.error(f"the recipe given for {name!r} must have one variant; it has {len(other.variants)}. Use `steps:` there.")
+                raise body.error(
+                    f"the recipe given for {name!r} must have one variant; it has {len(other.variants)}. "
+                    "Use `steps:` there."
+                )
             found[name] = GivenSpec(other.workload, next(iter(other.variants.values())), other.given)
             continue
         inside = body.mapping(f"given {name!r}", ("workload", "steps", "given"))
@@ -267,7 +273,10 @@ def gate_rules(tree: Tree, variants: Mapping[str, Any]) -> tuple[GateRule, ...]:
     rules = []
     for variant, clauses in groups.items():
         if variant not in variants:
-            raise tree.error(f"a gate must be for a variant; got {variant!r}.{nearest(variant, variants)} Name one of {', '.join(variants)}.")
+            raise tree.error(
+                f"a gate must be for a variant; got {variant!r}.{nearest(variant, variants)} "
+                f"Name one of {', '.join(variants)}."
+            )
         for reading, clause in clauses.items():
             rules.append(_rule(variant, reading, clause, variants))
     return tuple(rules)
@@ -284,4 +293,6 @@ def _rule(variant: str, reading: str, clause: Tree, variants: Mapping[str, Any])
             'Write ">= 0.9", ">= plain - 0.02" or "<= plain / 4".'
         )
     number = float(match["number"] if match["number"] is not None else match["by"] or 0.0)
-    return GateRule(variant, reading, text.strip(), match[1], number, base or "", (match["arith"] or "").strip(), clause.where)
+    return GateRule(
+        variant, reading, text.strip(), match[1], number, base or "", (match["arith"] or "").strip(), clause.where
+    )

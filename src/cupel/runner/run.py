@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from cupel.core.errors import RecipeError
+from cupel.core.scorecard import FORMAT, Reading, over_seeds, write_json
 from cupel.runner.gate import judge
 from cupel.runner.jobs import Outcome, run_jobs
 from cupel.runner.plan import Plan, make_plan
 from cupel.runner.recipe import Recipe, recipe_of
-from cupel.core.scorecard import FORMAT, Reading, over_seeds, write_json
 
 Tell = Callable[[str, int, int], None]  # (what finished, jobs done, jobs in all)
 
@@ -104,7 +104,12 @@ def assemble(plan: Plan, outcomes: Mapping[tuple[str, int], Outcome], seconds: f
         "baseline": next(iter(plan.recipe.variants)),
         "variants": variants,
         "versions": _versions(),
-        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count(), "device": device},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "device": device,
+        },
         "claims": _claims(plan),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 2),
@@ -121,7 +126,9 @@ def _cells(results: list[dict[str, Any] | None]) -> dict[str, Any]:
     measured = [r for r in there if r["readings"]]
     names = list(measured[0]["readings"]) if measured else []
     return {
-        "readings": {n: over_seeds([Reading(**r["readings"][n]) for r in measured if n in r["readings"]]) for n in names},
+        "readings": {
+            n: over_seeds([Reading(**r["readings"][n]) for r in measured if n in r["readings"]]) for n in names
+        },
         "notes": sorted({note for r in there for note in r["notes"]}),
         "figures": there[0]["figures"],
         "seconds": round(sum(r["seconds"] for r in there), 3),

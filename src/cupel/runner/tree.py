@@ -60,7 +60,7 @@ class Tree:
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML's safe loader, with `1e-3` read as a number, as people mean it."""
 
 
@@ -76,13 +76,19 @@ def parse_file(path: Path) -> Tree:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise RecipeError(f"{path}: a recipe must be under {MAX_BYTES:,} bytes; got {size:,}. Is this the right file?")
+            raise RecipeError(
+                f"{path}: a recipe must be under {MAX_BYTES:,} bytes; got {size:,}. Is this the right file?"
+            )
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: a recipe must exist; there is no such file.{_siblings(path)} Check the path.") from None
+        raise RecipeError(
+            f"{path}: a recipe must exist; there is no such file.{_siblings(path)} Check the path."
+        ) from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{path}:{line}: a recipe must be UTF-8 text; byte {error.start} is not. Save it as UTF-8.") from None
+        raise RecipeError(
+            f"{path}:{line}: a recipe must be UTF-8 text; byte {error.start} is not. Save it as UTF-8."
+        ) from None
     except OSError as error:
         raise RecipeError(f"{path}: a recipe must be readable; {error.strerror}. Check its permissions.") from None
     return parse_text(text, str(path))
@@ -106,9 +112,13 @@ def parse_text(text: str, name: str) -> Tree:
         hint = "Use spaces: YAML does not take tabs." if tab else "Correct the YAML there."
         raise RecipeError(f"{name}:{line}: a recipe must be YAML; {error.problem}. {hint}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{name}: a recipe must be YAML text; {str(error).splitlines()[0]}. Save it as plain text.") from None
+        raise RecipeError(
+            f"{name}: a recipe must be YAML text; {str(error).splitlines()[0]}. Save it as plain text."
+        ) from None
     if node is None:
-        raise RecipeError(f"{name}:1: a recipe must hold something; the file is empty. Start with `workload: digits-cnn`.")
+        raise RecipeError(
+            f"{name}:1: a recipe must hold something; the file is empty. Start with `workload: digits-cnn`."
+        )
     return _Reader(loader, name).read(node, ())
 
 
@@ -134,9 +144,11 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             return Tree([self.read(child, above) for child in node.value], where)
         try:
-            value = self.loader.construct_object(node)  # type: ignore[no-untyped-call]
+            value = self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError):
-            raise RecipeError(f"{where}: a value must be readable; got {node.value!r:.40}. Write a plain value.") from None
+            raise RecipeError(
+                f"{where}: a value must be readable; got {node.value!r:.40}. Write a plain value."
+            ) from None
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{where}: a number must be finite; got {value}. Write a finite one.")
         return Tree(value, where)
@@ -146,7 +158,9 @@ class _Reader:
         for key_node, value_node in node.value:
             line = f"{self.name}:{key_node.start_mark.line + 1}"
             if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
-                raise RecipeError(f"{line}: a key must be a plain word; got {key_node.value!r:.40}. Write `name: value`.")
+                raise RecipeError(
+                    f"{line}: a key must be a plain word; got {key_node.value!r:.40}. Write `name: value`."
+                )
             key = str(key_node.value)
             if key in found:
                 raise RecipeError(f"{line}: key {key!r} must stand once; it stands twice. Remove one.")
@@ -160,7 +174,9 @@ class _Reader:
 def from_python(value: Any, depth: int = 0) -> Tree:
     """A tree of Python values; methods given as objects stay objects."""
     if depth > MAX_DEPTH:
-        raise RecipeError(f"a recipe must stay under {MAX_DEPTH} levels; this one does not. Does a value contain itself?")
+        raise RecipeError(
+            f"a recipe must stay under {MAX_DEPTH} levels; this one does not. Does a value contain itself?"
+        )
     if isinstance(value, Mapping):
         return Tree({str(k): from_python(v, depth + 1) for k, v in value.items()})
     if isinstance(value, (list, tuple)) and not dataclasses.is_dataclass(value):
@@ -169,7 +185,7 @@ def from_python(value: Any, depth: int = 0) -> Tree:
 
 
 def put_at(tree: Tree, change: str) -> None:
-    """Apply one `path=value` setting: `workload.digits-cnn.width=8`, `variants.lean.0.fit.techniques.0.pdp.sparsity=0.8`."""
+    """Apply one `path=value` setting, such as `variants.lean.0.fit.techniques.0.pdp.sparsity=0.8`."""
     path, sign, text = change.partition("=")
     if not sign or not path:
         raise RecipeError(f"--set must be path=value; got {change!r}. Write --set workload.digits-cnn.width=8")
@@ -192,5 +208,7 @@ def put_at(tree: Tree, change: str) -> None:
             here.value[step] = parse_text(text, "--set")
             return
         if step not in here.value:
-            raise RecipeError(f"--set {change}: {step!r} must be a key there.{nearest(step, here.value)} Check the path.")
+            raise RecipeError(
+                f"--set {change}: {step!r} must be a key there.{nearest(step, here.value)} Check the path."
+            )
         here = here.value[step]

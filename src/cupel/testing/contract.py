@@ -31,7 +31,9 @@ def card_is_literal(entry: Entry) -> None:
 def is_documented(entry: Entry) -> None:
     """One sentence, source, example; every parameter explained; the file short enough to read."""
     doc, text = entry.doc(), entry.path.read_text(encoding="utf-8")
-    assert entry.summary().endswith(".") and "Source" in doc and ">>>" in doc, "docstring lacks a sentence, Source or Example"
+    assert entry.summary().endswith(".") and "Source" in doc and ">>>" in doc, (
+        "docstring lacks a sentence, Source or Example"
+    )
     assert all(p.doc for p in entry.params()), "a parameter has no meaning written down"
     assert text.count("\n") <= MOST_LINES, f"{text.count(chr(10))} lines"
     for node in ast.walk(ast.parse(text)):

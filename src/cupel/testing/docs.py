@@ -19,7 +19,9 @@ def catalogue_page() -> str:
         for entry in entries(kind):
             record = record_of(entry.name)
             verdict = record["verdict"] if record else "unmeasured"
-            lines.append(f"| [`{entry.name}`](methods/{entry.name}.md) | {entry.card().family} | {entry.summary()} | {verdict} |")
+            lines.append(
+                f"| [`{entry.name}`](methods/{entry.name}.md) | {entry.card().family} | {entry.summary()} | {verdict} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -35,7 +37,8 @@ def claims_page() -> str:
         "Each method's main effect, measured again here on real data against its named baseline. Bounds were written "
         "before the run and are judged on the mean over seeds; intervals are 95% over seeds.",
         "",
-        f"**{counts['held']} held, {counts['not held']} not held, {counts['unmeasured'] + len(records) - len(there)} unmeasured.**",
+        f"**{counts['held']} held, {counts['not held']} not held, "
+        f"{counts['unmeasured'] + len(records) - len(there)} unmeasured.**",
         "",
     ]
     for name, record in sorted(there.items(), key=lambda pair: (pair[1]["verdict"] != "not held", pair[0])):
@@ -49,7 +52,9 @@ def _claim_lines(name: str, record: dict[str, Any]) -> list[str]:
     for quantity, q in record["quantities"].items():
         verdict = "" if "bound" not in q else "held" if q["held"] else "**not held**"
         low, high = ("" if q[k] is None else f"{q[k]:.4g}" for k in ("low", "high"))
-        lines.append(f"| {quantity.replace('_', ' ')} | {q['mean']:.4g} | {low} to {high} | {q.get('bound', '')} | {verdict} |")
+        lines.append(
+            f"| {quantity.replace('_', ' ')} | {q['mean']:.4g} | {low} to {high} | {q.get('bound', '')} | {verdict} |"
+        )
     seeds = len(next(iter(record["quantities"].values()))["seeds"]) if record["quantities"] else 0
     lines += ["", f"{seeds} seeds, {record['seconds']} s, {record['date']}, {record['machine']}."]
     if record["explains"]:

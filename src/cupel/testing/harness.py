@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from cupel.core.catalogue import Entry, entries, find
-from cupel.runner.bench import GivenRun, prepare
 from cupel.core.context import Context
 from cupel.core.errors import PlanError
 from cupel.core.protocols import Hook
 from cupel.core.steps import ApplyStep, FitStep, Step, build
 from cupel.core.types import Batch, Examples, Splits, Subject
+from cupel.runner.bench import GivenRun, prepare
 
 ONE_EPOCH = {"epochs": 1, "batch_size": 32}
 
@@ -81,7 +81,8 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(
-        a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and bool(((a[k] == b[k]) | (a[k] != a[k])).all()) for k in a
+        a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and bool(((a[k] == b[k]) | (a[k] != a[k])).all())
+        for k in a
     )
 
 
@@ -98,7 +99,11 @@ class Globals:
 
 def globals_now() -> Globals:
     return Globals(
-        torch.get_rng_state(), str(np.random.get_state()), random.getstate(), torch.get_num_threads(), torch.is_grad_enabled()
+        torch.get_rng_state(),
+        str(np.random.get_state()),
+        random.getstate(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
     )
 
 

@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cupel.runner.bench import Bench
 from cupel.core.catalogue import Entry, entries
 from cupel.core.errors import MissingData, NotApplicable, PlanError
-from cupel.runner.plan import make_plan
-from cupel.runner.recipe import recipe_of
 from cupel.core.scorecard import Readings
 from cupel.core.steps import FitStep, run_steps
 from cupel.core.types import Subject
+from cupel.runner.bench import Bench
+from cupel.runner.plan import make_plan
+from cupel.runner.recipe import recipe_of
 from cupel.testing import harness as h
 
 

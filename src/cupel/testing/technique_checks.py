@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import torch
 
-from cupel.runner.bench import Bench
 from cupel.core.catalogue import Entry, entries, find
 from cupel.core.errors import CupelError, MissingData, PlanError
-from cupel.runner.plan import make_plan
-from cupel.runner.recipe import recipe_of
 from cupel.core.slots import uses_of
 from cupel.core.steps import FitStep, run_steps
+from cupel.runner.bench import Bench
+from cupel.runner.plan import make_plan
+from cupel.runner.recipe import recipe_of
 from cupel.testing import harness as h
 
 PARTNERS = ("pdp", "adversarial-training", "bd-kd", "xgrad", "cuda-unlearnable")
@@ -61,7 +61,12 @@ def survives_errors(entry: Entry) -> None:
         assert h.hooks_on(subject.model) == hooks, "a hook stayed on a module"
         if "model" not in entry.forms():
             assert list(dict(subject.model.named_parameters())) == names, "parameters were not put back in place"
-            assert all(isinstance(p, torch.nn.Parameter) for m in subject.model.modules() for p in m._parameters.values() if p is not None)
+            assert all(
+                isinstance(p, torch.nn.Parameter)
+                for m in subject.model.modules()
+                for p in m._parameters.values()
+                if p is not None
+            )
         return
     raise AssertionError("the fit should have stopped")
 
@@ -101,7 +106,11 @@ def runs_or_is_refused(entry: Entry) -> None:
     for on in entries("workload"):
         given = {name: {"workload": on.name, "steps": []} for name in entry.card().reads}
         kind = "apply" if set(entry.forms()) == {"procedure"} else "fit"
-        body = {"apply": entry.name} if kind == "apply" else {"fit": {"techniques": [{entry.name: dict(entry.card().tiny)}]}}
+        body = (
+            {"apply": entry.name}
+            if kind == "apply"
+            else {"fit": {"techniques": [{entry.name: dict(entry.card().tiny)}]}}
+        )
         try:
             make_plan(recipe_of(workload=on.name, given=given or None, steps=["fit", body], probes=[]))
         except PlanError:
@@ -146,7 +155,9 @@ def with_partner(other: str) -> Callable[[Entry], None]:
             assert isinstance(first, str) and isinstance(second, str), "refused in one order only"
             return
         if not shared_phases(entry, find("technique", other)):
-            assert h.same_bits(h.state(first.model), h.state(second.model)), "list order matters although no phase is shared"
+            assert h.same_bits(h.state(first.model), h.state(second.model)), (
+                "list order matters although no phase is shared"
+            )
 
     check.__name__ = f"with_{other.replace('-', '_')}"
     return check
@@ -164,7 +175,9 @@ def slots_match_source(entry: Entry) -> None:
     from dataclasses import replace
 
     hook = h.tiny(entry).hook(replace(ctx, train=subject.data.view(), task=subject.task))
-    assert {(u.slot, u.phase) for u in uses_of(hook, entry.name)} == {(u.slot, u.phase) for u in entry.slots() if u.slot != "seal"}
+    assert {(u.slot, u.phase) for u in uses_of(hook, entry.name)} == {
+        (u.slot, u.phase) for u in entry.slots() if u.slot != "seal"
+    }
 
 
 CHECKS: list[Callable[[Entry], None]] = [

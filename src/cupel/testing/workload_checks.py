@@ -43,7 +43,10 @@ def training_helps(entry: Entry) -> None:
 def splits_are_apart(entry: Entry) -> None:
     """No example is in two splits."""
     subject = h.fresh(entry.name)
-    seen = [set(torch.cat([b.index.flatten() for b in s.batches(500)]).tolist()) for s in (subject.data.train, subject.data.test)]
+    seen = [
+        set(torch.cat([b.index.flatten() for b in s.batches(500)]).tolist())
+        for s in (subject.data.train, subject.data.test)
+    ]
     assert "ranking" in entry.card().gives or not seen[0] & seen[1]
 
 

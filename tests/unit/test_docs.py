@@ -1,0 +1,51 @@
+"""Every Python block of the documents runs, and the generated pages are up to date."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cupel.testing.docs import pages
+
+TOP = Path(__file__).parents[2]
+WRITTEN = ["README.md", "docs/technique.md", "docs/probe.md", "docs/workload.md"]
+BLOCK = re.compile(r"```python([^\n]*)\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_python_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = BLOCK.findall((TOP / name).read_text(encoding="utf-8"))
+    assert blocks
+    module = types.ModuleType("docs_example")
+    monkeypatch.setitem(sys.modules, "docs_example", module)
+    for head, code in blocks:
+        if "file=" in head:
+            assert code.rstrip() == (TOP / head.split("file=")[1].strip()).read_text(encoding="utf-8").rstrip()
+            continue
+        exec(compile(code, name, "exec"), module.__dict__)
+
+
+def test_recipes_of_the_readme_are_planned() -> None:
+    from cupel.runner.plan import make_plan
+    from cupel.runner.recipe import recipe_of
+
+    for text in re.findall(r"```yaml\n(.*?)```", (TOP / "README.md").read_text(encoding="utf-8"), re.DOTALL):
+        make_plan(recipe_of(**yaml.safe_load(text)))
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    for name, text in pages().items():
+        assert (TOP / "docs" / name).read_text(encoding="utf-8") == text.rstrip() + "\n", (
+            f"run `make docs`: {name} is old"
+        )
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [TOP / "README.md", *(TOP / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
