@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -159,6 +160,9 @@ def test_torch_quantized_modules_store_their_integers(tmp_path: Path) -> None:
     weight = load_state(tmp_path / "m")["1.weight"]
     assert torch.equal(weight.int_repr(), model[1].weight().int_repr())
     assert torch.equal(weight.q_per_channel_scales(), model[1].weight().q_per_channel_scales())
+    with safe_open(tmp_path / "m", framework="pt") as file:  # no wider than their values need
+        kinds = [file.get_tensor(f"1.weight::{part}").dtype for part in ("ints", "scales", "zeros")]
+    assert kinds == [torch.int8, torch.float32, torch.int8]
 
 
 def test_broken_files_are_told_clearly(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def run(
     card = _with_progress(chosen, folder, jobs or os.cpu_count() or 1, device, quiet or json_)
     screen = console()
     if json_:
-        typer.echo(json.dumps(card, indent=1, sort_keys=True, default=str))
+        typer.echo(json.dumps(card, indent=1, default=str))
     elif not quiet:
         screen.print(scorecard(card, every))
         screen.print(

@@ -22,13 +22,13 @@ class Objective(Protocol):
     `[R]` and a bool `[R]` of rows that need no further step, or `None`.
     """
 
-    def __call__(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def __call__(self, x: Tensor, rows: Tensor, /) -> tuple[Tensor, Tensor | None]: ...
 
 
 class Move(Protocol):
     """One step: `(x, grad, rows, k) -> x`, all for the active rows only."""
 
-    def __call__(self, x: Tensor, grad: Tensor, rows: Tensor, k: int) -> Tensor: ...
+    def __call__(self, x: Tensor, grad: Tensor, rows: Tensor, k: int, /) -> Tensor: ...
 
 
 def descend(
@@ -60,23 +60,23 @@ def descend(
     """
     x = start.detach().clone()
     rows = torch.arange(len(x), device=x.device)
-    here, trail = start.detach(), []  # of the active rows: where they are, and where they were, newest last
+    here = start.detach()  # where the active rows are
+    trail: list[Tensor] = []  # where they were, newest last
     for k in range(steps):
         if not len(rows):
             break
         with torch.enable_grad():
             leaf = here.detach().requires_grad_(True)
             values, done = objective(leaf, rows)
-            some = done is not None and bool(done.any())
-            if some and bool(done.all()):
+            keep = None if done is None or not bool(done.any()) else ~done
+            if keep is not None and not bool(keep.any()):
                 break
             # The graph holds all rows; the summed values of the open ones give their gradients alone.
-            (grad,) = torch.autograd.grad((values[~done] if some else values).sum(), leaf)
+            (grad,) = torch.autograd.grad((values if keep is None else values[keep]).sum(), leaf)
         with torch.no_grad():
             here = leaf.detach()
-            if some:
-                x[rows[done]] = here[done]
-                keep = ~done
+            if keep is not None:
+                x[rows[~keep]] = here[~keep]
                 rows, here, grad = rows[keep], here[keep], grad[keep]
                 trail = [past[keep] for past in trail]
             new = move(here, grad, rows, k)
@@ -116,7 +116,7 @@ def unit_move(size: float) -> Move:
     """Steps of L2 length `size` along minus the gradient, row by row."""
 
     def move(x: Tensor, grad: Tensor, rows: Tensor, k: int) -> Tensor:
-        norm = grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (grad.ndim - 1))
+        norm: Tensor = grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (grad.ndim - 1))
         return x - size * grad / norm
 
     return move

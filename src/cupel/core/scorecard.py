@@ -143,8 +143,8 @@ def difference(cell: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[float,
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON in stable order, whole or not at all. NaN and infinities become null."""
-    text = json.dumps(_plain(content), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write JSON in the order it was made, whole or not at all. NaN and infinities become null."""
+    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)

@@ -26,10 +26,11 @@ class Key(Generic[T]):
 
 
 TEACHER: Key[nn.Module] = Key("teacher", nn.Module)
+PARTNER: Key[nn.Module] = Key("partner", nn.Module)  # a teacher that was trained beside the student
 MASKS: Key[Mapping[str, Tensor]] = Key("masks", Mapping)  # parameter name -> 0/1 mask of its shape
 BITS: Key[Mapping[str, float]] = Key("bits", Mapping)  # layer name -> effective bits per value
 FILTERS: Key[Tensor] = Key("filters", Tensor)  # class-wise convolution kernels, [K, k, k]
-NOTES: Key[Mapping[str, float]] = Key("notes", Mapping)  # numbers a method wants in the scorecard
+FORGETTING: Key[Mapping[str, float]] = Key("forgetting", Mapping)  # how a class was forgotten: rates and sizes
 
 
 @dataclass(frozen=True)

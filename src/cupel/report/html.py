@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cupel.report.words import best, number, rows_of, spoken, spread, variants_of, worse
+from cupel.report.words import best, number, remarks_of, rows_of, spoken, spread, variants_of, worse
 
 _HERE = Path(__file__).parent
 
@@ -108,12 +108,13 @@ def _gate(card: Mapping[str, Any]) -> str:
 
 
 def _remarks(card: Mapping[str, Any]) -> str:
-    items = []
-    for name in variants_of(card):
-        content = card["variants"][name]
-        items += [f'<li class="fail">{html.escape(name)} failed: {html.escape(f)}</li>' for f in content["failures"]]
-        for probe, found in content["probes"].items():
-            items += [f"<li>{html.escape(name)}, {html.escape(probe)}: {html.escape(n)}</li>" for n in found["notes"]]
+    items = [
+        f'<li class="fail">{html.escape(name)} failed: {html.escape(failure)}</li>'
+        for name in variants_of(card)
+        for failure in card["variants"][name]["failures"]
+    ]
+    for probe, names, note in remarks_of(card):
+        items.append(f"<li>{html.escape(probe)} ({html.escape(names)}): {html.escape(note)}</li>")
     return f"<ul>{''.join(items)}</ul>" if items else "<p>None.</p>"
 
 

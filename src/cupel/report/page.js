@@ -3,7 +3,7 @@
   const svg = document.getElementById("pareto"), NS = "http://www.w3.org/2000/svg";
   const pick = { x: document.getElementById("x"), y: document.getElementById("y") };
   const box = { left: 70, right: 700, top: 15, bottom: 345 };
-  const find = (...words) => Math.max(0, data.rows.findIndex(r => words.includes(r.reading)));
+  const find = (...words) => Math.max(0, ...words.map(w => data.rows.findIndex(r => r.reading === w)).filter(i => i >= 0).slice(0, 1));
 
   for (const axis of ["x", "y"]) {
     data.rows.forEach((row, i) => pick[axis].add(new Option(`${row.probe}: ${row.reading}`, i)));

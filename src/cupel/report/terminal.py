@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from cupel.report.words import best, number, rows_of, spoken, spread, variants_of, worse
+from cupel.report.words import best, number, remarks_of, rows_of, spoken, spread, variants_of, worse
 
 AT_ONCE = 4  # variants side by side in 80 columns
 HEADLINES = 3  # readings of a probe shown without `every`
@@ -23,7 +23,7 @@ def scorecard(card: Mapping[str, Any], every: bool = False) -> Group:
     for start in range(0, len(names), AT_ONCE):
         parts.append(_table(card, names[start : start + AT_ONCE], every))
     parts.append(Text("* best of its row   ! worse than " + card["baseline"] + " beyond the interval", style="dim"))
-    parts += _remarks(card)
+    parts += _remarks(card, every)
     parts += [verdict(v) for v in card["gate"]]
     return Group(*parts)
 
@@ -56,14 +56,16 @@ def _cell(cell: Mapping[str, Any] | None, top: bool, base: Mapping[str, Any] | N
     return text
 
 
-def _remarks(card: Mapping[str, Any]) -> list[Text]:
-    said = []
-    for name in variants_of(card):
-        content = card["variants"][name]
-        for failure in content["failures"]:
-            said.append(Text(f"{name} failed: {failure}", style="bold red"))
-        for probe, found in content["probes"].items():
-            said += [Text(f"{name}, {probe}: {note}", style="yellow") for note in found["notes"]]
+def _remarks(card: Mapping[str, Any], every: bool) -> list[Text]:
+    said = [
+        Text(f"{name} failed: {failure}", style="bold red")
+        for name in variants_of(card)
+        for failure in card["variants"][name]["failures"]
+    ]
+    urgent = ("not applicable", "masking", "masked")
+    for probe, names, note in remarks_of(card):
+        if every or any(word in note for word in urgent):
+            said.append(Text(f"{probe} ({names}): {note}", style="yellow"))
     return said
 
 

@@ -16,33 +16,23 @@ def spoken(name: str) -> str:
     return name.replace("_", " ")
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """A value in its unit, in at most seven characters before the unit.
+def number(value: float | None, unit: str = "", digits: int = 3) -> str:
+    """A value in at most seven characters. Names of readings carry their unit (`_ms`, `_bytes`), so cells do not.
 
     >>> number(0.98761, "share"), number(61234, "bytes"), number(1234567, "ops"), number(None)
-    ('.988', '61.2 kB', '1.23 M', '-')
+    ('.988', '61.2k', '1.23M', '-')
     """
     if value is None or not math.isfinite(value):
         return "-"
     if unit == "share":
         text = f"{value:.3f}"
         return text.replace("0.", ".", 1) if abs(value) < 1 else text
-    if unit in ("bytes", "ops", "params"):
-        return _scaled(value) + ("B" if unit == "bytes" else "")
-    if unit == "ms":
-        return f"{value:.3g} ms"
-    if value == int(value) and abs(value) < 1e5:
+    if value == int(value) and abs(value) < 1000:
         return str(int(value))
-    return f"{value:.3g}"
-
-
-def _scaled(value: float) -> str:
     step = 0
-    while abs(value) >= 1000 and step < len(_STEPS) - 1:
+    while abs(value) >= 999.5 and step < len(_STEPS) - 1:
         value, step = value / 1000, step + 1
-    if step == 0:
-        return f"{value:.0f}" + " "
-    return f"{value:.3g} {_STEPS[step]}"
+    return f"{value:.{digits}g}{_STEPS[step]}"
 
 
 def spread(cell: Mapping[str, Any]) -> str:
@@ -50,7 +40,7 @@ def spread(cell: Mapping[str, Any]) -> str:
     if cell["low"] is None or cell["high"] is None:
         return ""
     half = (cell["high"] - cell["low"]) / 2
-    return f"±{number(half, cell['unit'])}" if half > 0 else ""
+    return f"±{number(half, cell['unit'], digits=2)}" if half > 0 else ""
 
 
 def best(cells: Mapping[str, Mapping[str, Any]]) -> set[str]:
@@ -101,3 +91,14 @@ def variants_of(card: Mapping[str, Any]) -> list[str]:
     """Variants with the baseline first, then as the recipe lists them."""
     names = list(card["recipe"]["variants"])
     return [v for v in names if v in card["variants"]]
+
+
+def remarks_of(card: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """`(probe, variants, note)`, a note that several variants share told once."""
+    names = variants_of(card)
+    by_note: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        for probe, found in card["variants"][name]["probes"].items():
+            for note in found["notes"]:
+                by_note.setdefault((probe, note), []).append(name)
+    return [(p, "all" if len(v) == len(names) > 1 else ", ".join(v), note) for (p, note), v in by_note.items()]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cupel.core import catalogue
 from cupel.core.errors import RecipeError, nearest
 from cupel.runner.tree import Tree, from_python, parse_file, put_at
 
@@ -235,7 +236,8 @@ def _ref(tree: Tree, what: str) -> Ref:
 def _ref_of_object(method: Any) -> Ref:
     kind = type(method)
     card = getattr(sys.modules.get(kind.__module__), "CARD", None)
-    name = card.name if card else f"{kind.__module__}:{kind.__qualname__}"
+    listed = any(entry.module == kind.__module__ for entry in catalogue.entries())
+    name = card.name if card and listed else f"{kind.__module__}:{kind.__qualname__}"
     params = {f.name: getattr(method, f.name) for f in dataclasses.fields(kind)}
     given = {f.name: params[f.name] for f in dataclasses.fields(kind) if params[f.name] != f.default}
     return Ref(name, given, name, "")
