@@ -185,6 +185,19 @@ def test_broken_files_are_told_clearly(tmp_path: Path) -> None:
         load_into(ConvNet(1, 10, 4), path)
 
 
+def test_what_cannot_be_stored_is_refused() -> None:
+    class Extra(nn.Module):
+        def get_extra_state(self) -> object:
+            return {"a": object()}
+
+    with pytest.raises(CupelError, match="must be tensors to be stored; _extra_state is a dict"):
+        size_of(Extra())
+    sparse = nn.Module()
+    sparse.register_buffer("edges", torch.eye(3).to_sparse())
+    with pytest.raises(CupelError, match="edges must be a dense tensor"):
+        size_of(sparse)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m"
     save_model(net(), path)

@@ -110,6 +110,11 @@ def _walk(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for i, part in enumerate(value):
             yield from _walk(f"{name}.{i}", part)
+    elif value is not None and not isinstance(value, (torch.dtype, bool, int, float, str)):
+        raise CupelError(
+            f"the state of a network must be tensors to be stored; {name} is a {type(value).__name__}. "
+            "Give its module a `packed_state`."
+        )
 
 
 def _packing(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,0 +1,137 @@
+"""Uniform quantisation with straight-through gradients, the range it needs, and codes packed into bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class _RoundThrough(torch.autograd.Function):
+    """Rounds half to even; the gradient passes as if it had not (Bengio, Leonard, Courville, arXiv 1308.3432)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].clone()
+
+
+def round_through(x: Tensor) -> Tensor:
+    """The nearest integers of `x`, exactly, with the gradient of the identity.
+
+    >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
+    >>> y = round_through(x); y.sum().backward(); (y.tolist(), x.grad.tolist())
+    ([0.0, 2.0], [1.0, 1.0])
+    """
+    rounded: Tensor = _RoundThrough.apply(x)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def value_range(x: Tensor, cover: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The interval that holds the middle share `cover` of the values of `x`, as two scalars.
+
+    `cover` = 1 is the minimum and the maximum; less cuts the same share of values off at both ends.
+    """
+    flat = x.detach().flatten()
+    if cover >= 1:
+        return flat.min(), flat.max()
+    ranked = flat.sort().values
+    cut = round((len(ranked) - 1) * (1 - cover) / 2)
+    return ranked[cut], ranked[-1 - cut]
+
+
+def step_size(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Distance of neighbouring levels when [low, high] is cut into 2^bits levels; never zero."""
+    step = (high - low) / float(2**bits - 1)
+    return step.clamp_min(torch.finfo(low.dtype).tiny)
+
+
+def affine_codes(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """clip(round((x - low) / s), 0, 2^bits - 1) with s = (high - low) / (2^bits - 1), in `x`'s dtype.
+
+    The gradient is 1/s inside [low, high] and zero outside. `low` and `high` broadcast against `x`.
+    """
+    return round_through((x - low) / step_size(low, high, bits)).clamp(0, 2**bits - 1)
+
+
+def affine_values(codes: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """What `affine_codes` stand for: codes * s + low."""
+    return codes * step_size(low, high, bits) + low
+
+
+def affine(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """`x` rounded to the nearest of 2^bits levels that span [low, high], straight-through inside it.
+
+    >>> affine(torch.tensor([-1.0, 0.4, 2.0]), torch.tensor(0.0), torch.tensor(1.0), 1).tolist()
+    [0.0, 0.0, 1.0]
+    """
+    return affine_values(affine_codes(x, low, high, bits), low, high, bits)
+
+
+def symmetric_codes(x: Tensor, limit: Tensor, bits: int) -> Tensor:
+    """clip(round(x / s), -q, q) with q = 2^(bits-1) - 1 and s = limit / q: zero is a level. Needs bits >= 2."""
+    top = float(2 ** (bits - 1) - 1)
+    scale = (limit / top).clamp_min(torch.finfo(limit.dtype).tiny)
+    return round_through(x / scale).clamp(-top, top)
+
+
+def symmetric(x: Tensor, limit: Tensor, bits: int) -> Tensor:
+    """`x` rounded to signed levels of equal distance in [-limit, limit], straight-through inside it.
+
+    `limit` broadcasts against `x`: a scalar for one range, `[out, 1, ...]` for one a channel.
+
+    >>> symmetric(torch.tensor([-3.0, 0.2, 0.6]), torch.tensor(1.0), 2).tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    top = float(2 ** (bits - 1) - 1)
+    return symmetric_codes(x, limit, bits) * (limit / top).clamp_min(torch.finfo(limit.dtype).tiny)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes in [0, 2^bits) of any shape, 1 <= bits <= 8, as bytes: `[ceil(N * bits / 8)]` uint8.
+
+    Code after code, each with its lowest bit first; the last byte is filled up with zeros.
+
+    Raises:
+        ValueError: a code outside the range.
+
+    >>> pack_codes(torch.tensor([1, 0, 3, 2]), 2).tolist()
+    [177]
+    """
+    flat = codes.detach().cpu().flatten().numpy()
+    if len(flat) and (flat.min() < 0 or flat.max() >= 2**bits):
+        raise ValueError(
+            f"codes must be in [0, {2**bits}); got {flat.min()} to {flat.max()}. Clip them or use more bits."
+        )
+    split = np.unpackbits(flat.astype(np.uint8)[:, None], axis=1, count=bits, bitorder="little")  # [N, bits]
+    return torch.from_numpy(np.packbits(split.reshape(-1), bitorder="little"))
+
+
+def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The `count` codes that `pack_codes` put into `packed`, `[count]` uint8.
+
+    Raises:
+        ValueError: too few bytes.
+    """
+    if len(packed) * 8 < count * bits:
+        raise ValueError(
+            f"{count} codes of {bits} bits must have {-(-count * bits // 8)} bytes; got {len(packed)}. "
+            "Pass all the bytes that `pack_codes` returned."
+        )
+    split = np.unpackbits(packed.detach().cpu().numpy(), count=count * bits, bitorder="little")
+    return torch.from_numpy(np.packbits(split.reshape(count, bits), axis=1, bitorder="little")[:, 0])
