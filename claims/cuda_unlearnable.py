@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cupel.runner.claims import Claim
 from cupel.core.context import Context, seeded
 from cupel.core.fit import fit
 from cupel.core.steps import build

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "apply": "cupel.core.steps",
     "fit": "cupel.core.fit",
-    "run": "cupel.core.runner",
+    "run": "cupel.runner.run",
     "descend": "cupel.core.descend",
     "Batch": "cupel.core.types",
     "Budget": "cupel.core.types",

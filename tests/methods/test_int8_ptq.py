@@ -179,7 +179,16 @@ def test_a_network_that_cannot_be_traced_is_converted_layer_by_layer() -> None:
     assert size_of(made) < 0.7 * size_of(inner)  # the header weighs much in so small a file
     for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert torch.equal(other(x), made(x))
-    assert not made(x.requires_grad_(True)).requires_grad
+
+
+def test_no_gradient_comes_from_float_parts_alone() -> None:
+    class Skips(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x
+
+    x = torch.randn(20, 4)
+    made = apply(Int8PTQ(), bench(Skips(nn.Linear(4, 4)), x)).model
+    assert not made.whole and not made(x.requires_grad_(True)).requires_grad  # half a gradient would mislead an attack
 
 
 def test_functional_calls_stay_float_and_are_stored(tmp_path: Path) -> None:
@@ -195,7 +204,6 @@ def test_functional_calls_stay_float_and_are_stored(tmp_path: Path) -> None:
     x = torch.randn(50, 12)
     made, other = (apply(Int8PTQ(), bench(Both(), x)).model for _ in "ab")
     assert {op.name for op in ledger_of(made, x).ops if op.macs} == {"quantized.linear", "aten.mm"}
-    assert not made(x).requires_grad  # a gradient of the float part alone would mislead
     save_model(made, tmp_path / "m")
     assert torch.equal(load_into(other, tmp_path / "m")(x), made(x))
 

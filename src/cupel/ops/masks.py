@@ -13,16 +13,28 @@ def keep_count(size: int, share: float) -> int:
     return max(0, min(size, round(size * share)))
 
 
+def largest(scores: Tensor, keep: int) -> Tensor:
+    """Which entries are among the `keep` largest along the last axis: `[..., K]` -> bool `[..., K]`.
+
+    Exactly `keep` are; among equals the earlier ones.
+    """
+    if keep <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    chosen = scores >= scores.topk(keep, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    if bool((chosen.sum(-1) == keep).all()):
+        return chosen
+    # Ties at the edge, and only these pay for a full sort.
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(chosen).scatter(-1, order[..., :keep], True)
+
+
 def keep_largest(weight: Tensor, share: float) -> Tensor:
     """A 0/1 mask of `weight`'s shape and dtype that keeps its largest magnitudes.
 
     Exactly `keep_count(numel, share)` entries stay; among equals the earlier ones do.
     """
     flat = weight.detach().abs().flatten()
-    keep = keep_count(flat.numel(), share)
-    mask = torch.zeros_like(flat)
-    mask[flat.argsort(descending=True, stable=True)[:keep]] = 1
-    return mask.view_as(weight).to(weight.dtype)
+    return largest(flat, keep_count(flat.numel(), share)).view_as(weight).to(weight.dtype)
 
 
 def boundary(magnitude: Tensor, share: float) -> Tensor:
@@ -35,10 +47,44 @@ def boundary(magnitude: Tensor, share: float) -> Tensor:
     drop = size - keep_count(size, 1 - share)
     if drop == 0:
         return torch.zeros_like(magnitude[..., :1])
-    ranked = magnitude.sort(dim=-1).values
-    dropped = ranked[..., drop - 1 : drop]
-    kept = ranked[..., drop : drop + 1] if drop < size else dropped
-    return (dropped + kept) / 2
+    if drop == size:
+        return magnitude.amax(dim=-1, keepdim=True)
+    # Only the shorter side is selected: a sort of the whole layer at every forward would cost more than the layer.
+    if drop > size // 2:
+        side = magnitude.topk(size - drop + 1, dim=-1, sorted=False).values
+        edge = side.topk(2, dim=-1, largest=False).values
+    else:
+        side = magnitude.topk(drop + 1, dim=-1, largest=False, sorted=False).values
+        edge = side.topk(2, dim=-1).values
+    return edge.mean(dim=-1, keepdim=True)
+
+
+def layer_ceilings(sizes: Mapping[str, int], head_keep: float) -> dict[str, float]:
+    """Most that may be dropped of every layer, the last one being the head.
+
+    A layer that loses everything cuts the network, so each keeps one part in a hundred and at least one entry.
+    """
+    *_, head = sizes
+    return {n: min(1 - head_keep if n == head else 0.99, 1 - 1 / size) for n, size in sizes.items()}
+
+
+def even_shares(sizes: Mapping[str, int], sparsity: float, ceiling: Mapping[str, float]) -> dict[str, float]:
+    """One share for all layers; what a ceiling spares, the other layers drop (see `global_shares`).
+
+    >>> even_shares({"body": 80, "head": 20}, 0.5, {"body": 0.99, "head": 0.3})
+    {'head': 0.3, 'body': 0.55}
+    """
+    shares: dict[str, float] = {}
+    free, target = dict(sizes), sparsity * sum(sizes.values())
+    while free:
+        share = target / sum(free.values())
+        over = [n for n in free if share > ceiling.get(n, 1.0)]
+        if not over:
+            return shares | dict.fromkeys(free, share)
+        for name in over:
+            shares[name] = ceiling[name]
+            target -= ceiling[name] * free.pop(name)
+    return shares
 
 
 def global_shares(

@@ -7,14 +7,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cupel.core.context import Context
+from cupel.core.errors import ParamError
 from cupel.core.params import param
 from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.shelf import MASKS
 from cupel.core.slots import phase
-from cupel.ops.masks import boundary, global_shares
+from cupel.ops.masks import boundary, even_shares, global_shares, keep_count, largest, layer_ceilings
 from cupel.ops.swap import swapped
 
 CARD = Card(
@@ -30,19 +31,30 @@ CARD = Card(
 )
 
 
-def soft_mask(weight: Tensor, threshold: Tensor, tau: Tensor) -> Tensor:
-    """m = exp(w^2/tau) / (exp(w^2/tau) + exp(t^2/tau)), elementwise; one half at |w| = t."""
-    return torch.sigmoid((weight * weight - threshold * threshold) / tau)
+def soft_mask(square: Tensor, cut: Tensor, tau: Tensor) -> Tensor:
+    """m = exp(w^2/tau) / (exp(w^2/tau) + exp(t^2/tau)) from w^2 and t^2; one half at |w| = t."""
+    return torch.sigmoid((square - cut) / tau)
 
 
-def scores_of(weight: Tensor, form: str, m: int) -> Tensor:
+def ranked(weight: Tensor, form: str, m: int) -> Tensor:
     """Magnitudes to rank along the last axis: `[1, N]` unstructured, `[N/m, m]` n:m, `[1, out]` channel."""
-    if form == "unstructured":
-        return weight.abs().reshape(1, -1)
-    if form == "channel":
-        # Root mean square, not the norm: a channel with few inputs must not look small for that.
-        return weight.flatten(1).square().mean(dim=1).sqrt().reshape(1, -1)
-    return weight.abs().flatten(1).reshape(-1, m)
+    w = weight.detach()
+    if form == "nm":
+        return w.movedim(1, -1).reshape(-1, m).abs()  # groups run along the inputs, as sparse kernels read them
+    return (w.abs() if form == "unstructured" else _channel_square(w).sqrt()).reshape(1, -1)
+
+
+def spread(value: Tensor, weight: Tensor, form: str) -> Tensor:
+    """Back from the rows or entries of `ranked` to a shape that broadcasts against `weight`."""
+    if form == "nm":
+        moved = weight.movedim(1, -1).shape
+        return value.expand(-1, weight.numel() // len(value)).reshape(moved).movedim(-1, 1)
+    shape = (-1, *[1] * (weight.ndim - 1)) if form == "channel" else weight.shape
+    return value.reshape(()) if value.numel() == 1 else value.reshape(shape)
+
+
+def _channel_square(weight: Tensor) -> Tensor:
+    return weight.flatten(1).square().sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -50,27 +62,31 @@ class PDP:
     r"""Prune during training with a soft mask that is a closed form of the weights.
 
     Every forward uses m(w) w with m = sigmoid((w^2 - t^2) / tau), where t lies half-way between the
-    smallest kept and the largest pruned magnitude. The gradient flows through m, so weights near the
-    boundary are pushed to a side and pruned ones can return. After a dense start one global ranking
-    gives each layer its share; the share then grows linearly. The last part trains under hard masks.
+    smallest kept and the largest pruned magnitude. The gradient m + 2 w^2/tau m (1 - m) flows through m,
+    so weights near the boundary are pushed to a side and pruned ones can return. After a dense start one
+    global ranking gives each layer its share; the share then grows linearly. The last part trains under
+    hard masks.
 
     Shapes: weights `[out, in, ...]`; biases and norms stay dense.
 
     Raises:
-        ParamError: a value outside its range.
+        ParamError: a value outside its range, `n` above `m`, or warmup, ramp and settle above 1 in all.
 
     Source: Cho, Adya, Naik, NeurIPS 2023, arXiv 2305.11203.
 
     Departs: tau = `softness` * t^2 per layer instead of an absolute 1e-4, which freezes the mask on
     weights larger than the paper's; the output layer keeps at least `head_keep` of its weights;
-    warm-up and ramp are shares of the fit, because fits here are shorter than the paper's.
+    warm-up and ramp are shares of the fit, because fits here are shorter than the paper's. Form channel
+    drops the same share of every layer's channels and none of the output layer's: one global ranking of
+    channels empties the widest layer first and cuts the network. Form nm leaves layers dense whose
+    inputs are no multiple of m.
 
     Example:
         >>> PDP(sparsity=0.8).form
         'unstructured'
     """
 
-    sparsity: float = param(0.9, "share of weights that end at zero, over all layers", ge=0, lt=1)
+    sparsity: float = param(0.9, "share of weights (form channel: of channels) that end at zero", ge=0, lt=1)
     form: str = param("unstructured", "what is pruned together", choices=("unstructured", "nm", "channel"))
     n: int = param(2, "weights kept in every group of m (form nm)", ge=1)
     m: int = param(4, "consecutive input weights in a group (form nm)", ge=2)
@@ -81,57 +97,42 @@ class PDP:
     head_keep: float = param(0.1, "least share of the output layer's weights that stays", ge=0, le=1)
 
     def hook(self, ctx: Context) -> Hook:
+        if self.form == "nm" and self.n > self.m:
+            raise ParamError(f"n of pdp must be at most m, {self.m}; got {self.n}. Keep fewer weights in a group.")
+        if self.warmup + self.ramp + self.settle > 1 + 1e-9:
+            total = self.warmup + self.ramp + self.settle
+            raise ParamError(f"warmup, ramp and settle of pdp must be at most 1 in all; got {total:g}. Shorten one.")
         return _Soft(self, ctx)
 
 
 class _Soft(Hook):
     def __init__(self, p: PDP, ctx: Context) -> None:
-        self.p, self.shelf = p, ctx.shelf
-        self.shares: dict[str, float] = {}
-        self.masks: dict[str, Tensor] = {}
+        self.p, self.ctx = p, ctx
+        self.shares: dict[str, float] = {}  # layer -> share that ends at zero
+        self.masks: dict[str, Tensor] = {}  # hard ones, at the end
+        self.cuts: dict[str, tuple[object, Tensor, Tensor]] = {}  # layer -> made for, t^2, tau
 
-    def _grows(self, at: Moment) -> float:
-        return min(1.0, max(0.0, at.progress - self.p.warmup) / self.p.ramp)
-
-    def _allot(self, at: Moment) -> None:
-        weights = dict(at.weights())
-        if self.p.form == "nm":
-            fits = {n for n, w in weights.items() if w.flatten(1).shape[1] % self.p.m == 0}
-            self.shares = {n: 1 - self.p.n / self.p.m for n in fits}
+    def epoch(self, at: Moment) -> None:
+        """Tell the log how sparse the fit is, and how many weights the mask has not decided (2 to 3% is right)."""
+        grown = self._grown(at)
+        if not self.shares or self.masks or not grown:
             return
-        scores = {n: scores_of(w.detach(), self.p.form, self.p.m) for n, w in weights.items()}
-        last = list(scores)[-1]
-        # A layer that loses everything cuts the network, so each keeps at least one part in a hundred.
-        ceiling = dict.fromkeys(scores, 0.99) | {last: 0.0 if self.p.form == "channel" else 1 - self.p.head_keep}
-        self.shares = global_shares(scores, self.p.sparsity, ceiling)
-
-    def _threshold(self, weight: Tensor, share: float) -> Tensor:
-        """t for every weight, `weight`'s shape or broadcastable to it; detached."""
-        t = boundary(scores_of(weight.detach(), self.p.form, self.p.m), share)
-        if self.p.form == "nm":
-            return t.expand(-1, self.p.m).reshape(weight.shape)
-        return t.reshape(())
-
-    def _mask(self, weight: Tensor, share: float) -> Tensor:
-        t = self._threshold(weight, share)
-        tau = self.p.softness * (t * t).mean().clamp_min(1e-12)
-        if self.p.form == "channel":
-            size = scores_of(weight, self.p.form, self.p.m).flatten()
-            return soft_mask(size, t, tau).view(-1, *[1] * (weight.ndim - 1))
-        return soft_mask(weight, t, tau)
+        masks = [self._mask(n, w.detach(), s * grown, at) for n, w in at.weights() if (s := self.shares.get(n, 0.0))]
+        open_ = sum(int(((m > 0.05) & (m < 0.95)).sum()) for m in masks) / max(1, sum(m.numel() for m in masks))
+        self.ctx.log(kind="pdp", sparsity=self.p.sparsity * grown, undecided=open_)
 
     @phase("mask")
     def around_forward(self, at: Moment) -> AbstractContextManager[None]:
-        grown = self._grows(at)
-        if self.p.sparsity == 0 or grown == 0 or self.masks:
+        if self.p.sparsity == 0 or self.masks or at.progress < self.p.warmup:
             return swapped(at.model, {})
         if not self.shares:
             self._allot(at)
+        grown = self._grown(at)
 
-        def masking(share: float) -> Callable[[Tensor], Tensor]:
-            return lambda w: w * self._mask(w, share)
+        def masking(name: str, share: float) -> Callable[[Tensor], Tensor]:
+            return lambda w: w * self._mask(name, w, share, at)
 
-        return swapped(at.model, {name: masking(share * grown) for name, share in self.shares.items() if share})
+        return swapped(at.model, {n: masking(n, s * grown) for n, s in self.shares.items() if s * grown})
 
     @phase("mask")
     def stepped(self, at: Moment) -> None:
@@ -140,12 +141,6 @@ class _Soft(Hook):
         for name, w in at.weights():
             if name in self.masks:
                 w.mul_(self.masks[name])
-
-    def _harden(self, at: Moment) -> None:
-        for name, w in at.weights():
-            share = self.shares.get(name, 0.0)
-            if share:
-                self.masks[name] = (self._mask(w.detach(), share) >= 0.5).to(w.dtype).expand_as(w).clone()
 
     @torch.no_grad()
     def end(self, at: Moment) -> None:
@@ -156,4 +151,44 @@ class _Soft(Hook):
             for name, w in at.weights():
                 if name in self.masks:
                     w.mul_(self.masks[name])
-        self.shelf.put(MASKS, self.masks)
+        self.ctx.shelf.put(MASKS, self.masks)
+
+    def _grown(self, at: Moment) -> float:
+        return min(1.0, max(0.0, at.progress - self.p.warmup) / self.p.ramp)
+
+    def _allot(self, at: Moment) -> None:
+        weights = dict(at.weights())
+        *_, head = weights
+        if self.p.form == "nm":
+            self.shares = {n: 1 - self.p.n / self.p.m for n, w in weights.items() if w.shape[1] % self.p.m == 0}
+            return
+        if self.p.form == "channel":
+            sizes = {n: len(w) for n, w in weights.items() if n != head}
+            self.shares = even_shares(sizes, self.p.sparsity, {n: 1 - 1 / size for n, size in sizes.items()})
+            return
+        scores = {n: w.detach().abs() for n, w in weights.items()}
+        ceiling = layer_ceilings({n: s.numel() for n, s in scores.items()}, self.p.head_keep)
+        self.shares = global_shares(scores, self.p.sparsity, ceiling)
+
+    def _mask(self, name: str, weight: Tensor, share: float, at: Moment) -> Tensor:
+        """The soft mask of `weight`; t is found again only when the weight has changed."""
+        state = (id(weight), weight._version, at.step, share)
+        made = self.cuts.get(name)
+        # Only a parameter lives as long as its id: what another technique swapped in is ranked every time.
+        if made is None or made[0] != state or not isinstance(weight, nn.Parameter):
+            t = boundary(ranked(weight, self.p.form, self.p.m), share)
+            square = t * t
+            tau = self.p.softness * square.mean().clamp_min(1e-12)
+            self.cuts[name] = made = (state, spread(square, weight, self.p.form), tau)
+        if self.p.form == "channel":
+            return soft_mask(spread(_channel_square(weight), weight, "channel"), made[1], made[2])
+        return soft_mask(weight * weight, made[1], made[2])
+
+    def _harden(self, at: Moment) -> None:
+        # By rank and not by m >= 1/2: the same set, but ties and rounding cannot change the count.
+        for name, w in at.weights():
+            share = self.shares.get(name, 0.0)
+            if share:
+                scores = ranked(w, self.p.form, self.p.m)
+                kept = largest(scores, keep_count(scores.shape[-1], 1 - share)).to(w.dtype)
+                self.masks[name] = spread(kept, w, self.p.form).expand_as(w).clone()
