@@ -105,7 +105,7 @@ def test_numbers_are_short() -> None:
             (math.nan, ""),
         ]
     ]
-    assert shown == [".500", "1.000", "123k", "999", "0.123", "-"]
+    assert shown == [".500", "1.000", "123k", "999", ".123", "-"]
 
 
 def test_readings_take_short_forms() -> None:

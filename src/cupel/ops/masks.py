@@ -119,6 +119,14 @@ def global_shares(
     return shares
 
 
+def zero_where(weight: Tensor, mask: Tensor) -> None:
+    """Set `weight` to zero in place where the 0/1 `mask` of its shape is zero.
+
+    A product would leave negative zeros, which a file has to store.
+    """
+    weight.masked_fill_(mask == 0, 0.0)
+
+
 def sparsity_of(weights: Mapping[str, Tensor]) -> float:
     """Share of exact zeros over all tensors."""
     total = sum(w.numel() for w in weights.values())

@@ -13,7 +13,7 @@ from rich.text import Text
 from cupel.report.words import best, number, remarks_of, rows_of, spoken, spread, variants_of, worse
 
 AT_ONCE = 4  # variants side by side in 80 columns
-HEADLINES = 3  # readings of a probe shown without `every`
+HEADLINES = 4  # readings of a probe shown without `every`
 
 
 def scorecard(card: Mapping[str, Any], every: bool = False) -> Group:
@@ -30,9 +30,9 @@ def scorecard(card: Mapping[str, Any], every: bool = False) -> Group:
 
 def _table(card: Mapping[str, Any], names: list[str], every: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, width=80, padding=(0, 0), pad_edge=False, show_edge=False)
-    table.add_column("", ratio=5, overflow="fold")
+    table.add_column("", width=80 - 14 * len(names), overflow="fold")
     for name in names:
-        table.add_column(name, justify="right", ratio=3, overflow="fold")
+        table.add_column(name, justify="right", width=14, overflow="fold")
     shown: dict[str, int] = {}
     for probe, reading, cells in rows_of(card):
         shown[probe] = shown.get(probe, 0) + 1
@@ -42,7 +42,7 @@ def _table(card: Mapping[str, Any], names: list[str], every: bool) -> Table:
             continue
         top = best(cells)
         base = cells.get(card["baseline"])
-        table.add_row("  " + spoken(reading), *[_cell(cells.get(n), n in top, base) for n in names])
+        table.add_row(" " + spoken(reading), *[_cell(cells.get(n), n in top, base) for n in names])
     return table
 
 

@@ -32,7 +32,8 @@ def number(value: float | None, unit: str = "", digits: int = 3) -> str:
     step = 0
     while abs(value) >= 999.5 and step < len(_STEPS) - 1:
         value, step = value / 1000, step + 1
-    return f"{value:.{digits}g}{_STEPS[step]}"
+    text = f"{value:.{digits}g}{_STEPS[step]}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
 def spread(cell: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from cupel.core.params import param
 from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.shelf import MASKS
 from cupel.core.slots import phase
-from cupel.ops.masks import even_shares, global_shares, keep_largest, layer_ceilings
+from cupel.ops.masks import even_shares, global_shares, keep_largest, layer_ceilings, zero_where
 from cupel.ops.swap import swapped
 
 CARD = Card(
@@ -115,7 +115,7 @@ class _Prune(Hook):
         self._prune(at, self.p.start + self.p.ramp)  # what the ramp did not reach is cut here
         for name, w in at.weights():
             if name in self.masks:
-                w.mul_(self.masks[name])
+                zero_where(w, self.masks[name])
         self.shelf.put(MASKS, self.masks)
 
     def _prune(self, at: Moment, progress: float) -> None:
@@ -131,7 +131,7 @@ class _Prune(Hook):
             if renew and share:
                 self.masks[name] = keep_largest(w, 1 - share)
             if name in self.masks and not p.regrow:
-                w.mul_(self.masks[name])
+                zero_where(w, self.masks[name])
 
     def _fix_shares(self, at: Moment) -> None:
         scores = {name: w.detach().abs() for name, w in at.weights()}

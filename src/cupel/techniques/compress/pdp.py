@@ -15,7 +15,7 @@ from cupel.core.params import param
 from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.shelf import MASKS
 from cupel.core.slots import phase
-from cupel.ops.masks import boundary, even_shares, global_shares, keep_count, largest, layer_ceilings
+from cupel.ops.masks import boundary, even_shares, global_shares, keep_count, largest, layer_ceilings, zero_where
 from cupel.ops.swap import swapped
 
 CARD = Card(
@@ -140,7 +140,7 @@ class _Soft(Hook):
             self._harden(at)
         for name, w in at.weights():
             if name in self.masks:
-                w.mul_(self.masks[name])
+                zero_where(w, self.masks[name])
 
     @torch.no_grad()
     def end(self, at: Moment) -> None:
@@ -150,7 +150,7 @@ class _Soft(Hook):
             self._harden(at)
             for name, w in at.weights():
                 if name in self.masks:
-                    w.mul_(self.masks[name])
+                    zero_where(w, self.masks[name])
         self.ctx.shelf.put(MASKS, self.masks)
 
     def _grown(self, at: Moment) -> float:
