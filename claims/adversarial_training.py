@@ -42,8 +42,8 @@ ARMS: dict[str, list[Any]] = {
 def measure(seed: int, quick: bool) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, techniques in ARMS.items():
-        subject = build(DigitsCnn(width=8 if quick else 16), Context(seed=seed))
-        budget = replace(subject.budget, epochs=6 if quick else 12)
+        subject = build(DigitsCnn(), Context(seed=seed))
+        budget = replace(subject.budget, epochs=8 if quick else 12)
         model = fit(
             subject.model,
             subject.data,

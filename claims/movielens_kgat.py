@@ -29,6 +29,11 @@ CLAIM = Claim(
     },
     seeds=(0, 1, 2),
     quick_seeds=1,
+    explains="The margin is the baseline's tuning: KGAT is 13 percent above factorisation at the authors' l2 of 1e-5 "
+    "(0.347 against 0.307), and level with it (0.350) once l2 and the learning rate are chosen on validation data. The "
+    "facts still help where interactions are few: Recall@20 on the third quarter of items 0.040 against 0.031; the two "
+    "rarest quarters (0 to 7 interactions, under 1 percent of test pairs in the first) reach the first twenty for almost "
+    "nobody. Training the facts is worth 1.1 points, attention nothing measurable.",
 )
 
 # Chosen on the validation part at seed 0: lr 1e-3 to 2e-2, l2 1e-5 to 1e-1, both schedules, batches of 1024 and 2048.

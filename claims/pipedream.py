@@ -41,6 +41,11 @@ CLAIM = Claim(
         "repaired_over_synchronous": "<= 1.5",
     },
     quick_seeds=1,
+    explains="Only the bytes of VGG-16 miss, 10.7 against 10 percent, and no plan with seven workers in the first stage "
+    "sends less: half of it is the averaging of the convolutions' gradients among the seven, half the activations at "
+    "the cut. The partitioner minimises time, not bytes; the paper's 95 percent is the best case of its networks. "
+    "Also seen: the partitioner alone would cut ResNet-50 into five stages, because it counts transfers as overlapped; "
+    "with eight mini-batches in flight they are not, and the simulation shows 0.58 of data parallelism's throughput.",
 )
 
 

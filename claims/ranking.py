@@ -53,8 +53,9 @@ def sampled_recall(scores: Tensor, seen: Tensor, wanted: Tensor, draw: torch.Gen
 
 
 def measure(seed: int, quick: bool) -> dict[str, float]:
-    subject = build(MovielensKGAT(layers=(), attention=False, kge=False, graph="attributes"), Context(seed=seed))
-    budget = replace(subject.budget, epochs=5 if quick else 30)
+    factors = MovielensKGAT(layers=(), attention=False, kge=False, graph="attributes", l2=2e-2)
+    subject = build(factors, Context(seed=seed))
+    budget = replace(subject.budget, epochs=8 if quick else 40, batch_size=1024, lr=2e-2)
     net = fit(subject.model, subject.data, subject.task, budget=budget, seed=seed)
     trained = subject.with_model(net)
     batches = list(subject.data.test.batches(500))

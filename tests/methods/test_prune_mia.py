@@ -47,6 +47,10 @@ def test_samia_reads_tokens_of_classes() -> None:
     x = torch.rand(4, 3, 5, generator=seeded(0, "x"))
     assert net(x).shape == (4, 2)
     assert sum(p.numel() for p in net.lift.parameters()) == 4 * 64 and len(net.encoder.layers) == 3
+    seen: list[Tensor] = []
+    net.lift.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    net(x)  # a fresh batch norm in evaluation mode divides by sqrt(1 + 1e-5)
+    assert torch.allclose(seen[0], x.transpose(1, 2), atol=1e-4)  # token k holds p_k, s_k, y_k
     # The encoder has no order of its own: classes swapped going in are swapped coming out.
     tokens = torch.rand(2, 5, 64, generator=seeded(0, "t"))
     order = torch.tensor([3, 0, 4, 1, 2])
@@ -64,7 +68,7 @@ class Memory(nn.Module):
         far, nearest = torch.cdist(x, self.train_inputs, compute_mode="donot_use_mm_for_euclid_dist").min(1)
         known = (far < 0.01).to(x.dtype)
         moved = (x - self.train_inputs[nearest]).sum(1)
-        right = 0.5 + 2 * x[:, 1] + known * (self.bump + self.slope * moved)
+        right = 1 + 2 * x[:, 1] + known * (self.bump + self.slope * moved)
         return torch.where(x[:, :1] > 0.5, torch.stack([-right, right], 1), torch.stack([right, -right], 1)) / 2
 
 
@@ -88,13 +92,14 @@ def attacked(leaks: list[tuple[float, float]], views: list[TrainView] | None = N
             views.append(view)
         return subject.with_model(Memory(view.train, *left.pop(0)))
 
-    probe = PruneMIA(networks=len(leaks), **{"epochs": 12, "draws": 6, **params})
+    probe = PruneMIA(networks=len(leaks), **{"epochs": 20, "draws": 6, **params})
     return {k: r.value for k, r in probe.measure(subject, Context(forker=fork)).items()}
 
 
 def test_a_leak_in_confidence_is_found_by_all() -> None:
     found = attacked([(6.0, 0.0)] * 2)
-    assert all(found[f"{g}_accuracy"] > 0.97 for g in GUESSES)
+    assert all(found[f"{g}_accuracy"] > 0.97 for g in GUESSES[1:]), found
+    assert found["samia_accuracy"] > 0.9
     assert found["samia_auc"] > 0.99 and found["samia_tpr_at_1fpr"] > 0.9
 
 
@@ -111,9 +116,14 @@ def test_a_leak_in_sensitivity_alone_is_found_by_samia_alone() -> None:
 
 
 def test_thresholds_and_attack_come_from_the_shadows_and_not_from_the_victim() -> None:
-    found = attacked([(-6.0, 0.0), (6.0, 0.0)])  # what betrays members of the shadow clears those of the victim
-    assert found["samia_auc"] < 0.1
-    assert all(found[f"{g}_accuracy"] == 0.5 for g in GUESSES[1:])  # nobody is called a member
+    found = attacked([(-1.0, 0.0), (1.0, 0.0)])  # what betrays members of the shadow clears those of the victim
+    assert found["samia_auc"] < 0.3
+    assert all(found[f"{g}_accuracy"] < 0.5 for g in GUESSES[1:])
+
+
+def test_all_shadows_teach() -> None:
+    found = attacked([(6.0, 0.0), (0.0, 0.0), (6.0, 0.0), (6.0, 0.0)], epochs=1)
+    assert found["confidence_accuracy"] > 0.97
 
 
 def test_splits_are_halves_of_the_pool_and_never_meet() -> None:

@@ -187,7 +187,7 @@ class PruneMIA:
             found[f"{name}_accuracy"] = _judged(said, victim.member)
         right = victim.logits.argmax(1) == victim.targets
         for name, group in (("train", victim.member), ("test", ~victim.member)):
-            found[f"victim_{name}_accuracy"] = share(int(right.sum()), int(group.sum()), "none")
+            found[f"victim_{name}_accuracy"] = share(int((right & group).sum()), int(group.sum()), "none")
         note = f"one victim and {self.networks - 1} shadow(s), {count // 2} members each; one half is guessing"
         return Readings.of([note], **found)
 

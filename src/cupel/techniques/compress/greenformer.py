@@ -45,7 +45,8 @@ class LowRank(nn.Sequential):
     def weight(self) -> Tensor:
         groups, shape = getattr(self.first, "groups", 1), self.first.weight.shape[1:]
         a, b = self.first.weight.flatten(1).chunk(groups), self.second.weight.flatten(1).chunk(groups)
-        return torch.cat([second @ first for first, second in zip(a, b, strict=True)]).unflatten(1, shape)
+        whole: Tensor = torch.cat([second @ first for first, second in zip(a, b, strict=True)]).unflatten(1, shape)
+        return whole
 
     @property
     def bias(self) -> Any:
