@@ -36,7 +36,6 @@ CLAIM = Claim(
         "histogram_gain": "> 0",
         "shrink_hit_rate": ">= 0.8",
     },
-    quick_seeds=1,
 )
 FORGET = 3
 

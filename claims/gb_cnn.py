@@ -36,9 +36,9 @@ CLAIM = Claim(
     },
     seeds=(0, 1, 2),
     quick_seeds=1,
-    explains="The log-loss rises: 0.37 at the start, about 0.44 boosted. Heads fitted by squared error to residuals of "
-    "training images separate those too well, and the start, trained for only 5 epochs, is not yet overconfident itself. "
-    "Against the same network trained for as many epochs as start and rounds together the boosted log-loss is lower.",
+    explains="Accuracy rises (0.854 to 0.862) but so does the log-loss (0.40 to 0.46): the start, trained for 5 epochs, "
+    "is not overconfident yet, and further passes make it so. The same network trained for as many epochs as start and "
+    "rounds together ends at the same log-loss (0.45) and at 0.858.",
 )
 
 
@@ -95,7 +95,7 @@ def dense(name: str, subject: Subject, seed: int, quick: bool) -> dict[str, floa
 
 def convolutional(seed: int, quick: bool) -> dict[str, float]:
     rounds, each = 3, 1 if quick else 4
-    workload = FashionMnistCnn(width=8, train_examples=2000 if quick else 4000)
+    workload = FashionMnistCnn(width=8, train_examples=1000 if quick else 4000)
     subject, again = build(workload, Context(seed=seed)), build(workload, Context(seed=seed))
     plan = subject.budget
     start = subject.with_model(fit(subject.model, subject.data, subject.task, budget=plan, seed=seed))

@@ -124,6 +124,28 @@ def test_layers_that_would_not_shrink_stay_and_the_log_says_so() -> None:
     assert big is layers and Greenformer(rank=1.0).model(layers, Context()) is layers
 
 
+def test_groups_share_the_rank_evenly() -> None:
+    conv = seeded_layer(nn.Conv2d, 32, 64, 3, groups=2)
+    assert made(conv, Greenformer(rank=0.5)).first.weight.shape == (8, 16, 3, 3)  # half of 32 * 32 / (32 + 32)
+    assert made(conv, Greenformer(rank=5.0)).second.weight.shape == (64, 3, 1, 1)  # six, three for each group
+    with torch.no_grad():
+        for part, rank in zip(conv.weight.chunk(2), (2, 5), strict=True):
+            u, _, vh = torch.linalg.svd(part.flatten(1), full_matrices=False)
+            part.copy_((u[:, :rank] @ vh[:rank]).view_as(part))
+    assert made(conv, Greenformer(energy=1.0)).first.weight.shape[0] == 10  # as the group that needs most
+
+
+def test_calibration_leaves_modes_and_batch_statistics_alone() -> None:
+    layer = nn.Sequential(nn.BatchNorm1d(24), nn.Dropout(0.5), nn.Linear(24, 16)).train()
+    body, x = Body(layer), torch.randn(70, 24, generator=torch.Generator().manual_seed(1)) + 3
+    examples = Examples(x, torch.zeros(70), torch.arange(70))
+    before, state = copy.deepcopy(layer[0].state_dict()), torch.get_rng_state()
+    pair = Greenformer(whiten=True).model(body, Context(train=TrainView(examples, examples)))
+    assert all(torch.equal(v, before[n]) for n, v in layer[0].state_dict().items())
+    assert all(torch.equal(v, before[n]) for n, v in pair.layer[0].state_dict().items())
+    assert torch.equal(state, torch.get_rng_state()) and all(m.training for m in body.modules())
+
+
 @pytest.mark.parametrize("fan_in", [1, 5, 64])
 @pytest.mark.parametrize("fan_out", [1, 7, 300])
 def test_break_even_is_the_last_rank_that_saves(fan_in: int, fan_out: int) -> None:
@@ -201,6 +223,11 @@ def test_nmf_equals_scikit_learn_step_by_step() -> None:
 def test_semi_nmf_never_gets_worse_keeps_one_side_non_negative_and_recovers_a_true_product() -> None:
     draw = torch.Generator().manual_seed(1)
     w, start = torch.randn(12, 8, generator=draw), 0.2 + torch.rand(12, 3, generator=draw)
+    x, g = w.double().numpy(), start.double().numpy()
+    f = (np.linalg.pinv(g) @ x).T  # [8, 3], free
+    above = np.maximum(x @ f, 0) + g @ np.maximum(-f.T @ f, 0)
+    below = np.maximum(-x @ f, 0) + g @ np.maximum(f.T @ f, 0)
+    assert np.allclose(snmf_factors(w, start, 1)[1], g * np.sqrt(above / below), atol=1e-5)  # as Ding et al. print it
     errors = []
     for rounds in range(1, 40):
         first, second = snmf_factors(w, start, rounds)

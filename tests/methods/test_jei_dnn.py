@@ -87,7 +87,7 @@ def test_gate_lessons_are_cumulative_and_weighted() -> None:
     logits[:, 2] = 20 * nn.functional.one_hot(s.data.valid.targets, 10)  # now the last is best for all
     lessons, weight = gate_lessons(logits, s.data.valid, costs, JeiDnn(balance=1.0))
     assert bool((lessons.targets == 0).all()) and weight.tolist() == [5, 5]
-    assert gate_lessons(logits, s.data.valid, costs, JeiDnn())[1].tolist() == [1, 1]
+    assert gate_lessons(logits, s.data.valid, costs, JeiDnn(balance=0.0))[1].tolist() == [1, 1]
 
 
 def test_logits_are_not_scaled() -> None:

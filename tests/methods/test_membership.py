@@ -1,4 +1,4 @@
-"""membership: scores and statistics against slow versions and scikit-learn; the probe on networks that leak on purpose."""
+"""membership: scores and statistics against slow versions and scikit-learn; the probe on known leaks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def test_auc_and_tpr_equal_scikit_learn(ties: bool) -> None:
 
 def test_error_of_the_auc_is_that_of_repeated_draws() -> None:
     draw = seeded(2, "repeat")
-    found = [ops.auc_with_error(torch.randn(50, generator=draw) + 1, torch.randn(70, generator=draw)) for _ in range(400)]
+    found = [
+        ops.auc_with_error(torch.randn(50, generator=draw) + 1, torch.randn(70, generator=draw)) for _ in range(400)
+    ]
     spread = np.std([value for value, _ in found])
     assert np.mean([error for _, error in found]) == pytest.approx(spread, rel=0.1)
 
@@ -85,8 +87,10 @@ def test_bootstrap_covers_the_value_and_narrows_with_more_scores() -> None:
 def test_thresholds_equal_a_search_over_all_of_them() -> None:
     a, b = scores()
     bar = ops.best_threshold(a, b)
+
     def gain(t: float) -> float:
         return float((a >= t).double().mean() - (b >= t).double().mean())
+
     assert gain(bar) == pytest.approx(max(gain(float(t)) for t in torch.cat([a, b])))
     score, member = torch.cat([a, b]), torch.arange(105) < 60
     targets = torch.arange(105) % 2

@@ -103,11 +103,11 @@ def facts_of(model: KGATNet) -> set[tuple[int, int, int]]:
 def test_segment_softmax_is_a_softmax_of_each_group():
     draw = torch.Generator().manual_seed(0)
     into = torch.randint(5, (40,), generator=draw)
-    scores = (torch.randn(40, generator=draw, dtype=torch.float64) * 300).requires_grad_()
+    scores = (torch.randn(40, generator=draw, dtype=torch.float64) * 3000).requires_grad_()
     found = segment_softmax(scores, into, 7)
     for node in range(5):
         assert torch.allclose(found[into == node], scores[into == node].softmax(0))
-    assert torch.autograd.gradcheck(lambda s: segment_softmax(s, into, 7), (scores.detach() / 300).requires_grad_())
+    assert torch.autograd.gradcheck(lambda s: segment_softmax(s, into, 7), (scores.detach() / 3000).requires_grad_())
 
 
 def test_propagate_is_the_product_with_the_dense_matrix():
@@ -152,6 +152,8 @@ def test_split_cuts_every_user_by_its_share():
     assert sorted(torch.cat(parts).tolist()) == list(range(26))
     counts = [torch.bincount(user[p], minlength=3).tolist() for p in parts]
     assert counts == [[14, 1, 4], [2, 0, 0], [4, 0, 1]]  # 0.1 * 5 rounds to even: none
+    emptied = split_per_user(user, (0.5, 1.0), torch.Generator().manual_seed(0))
+    assert torch.bincount(user[emptied[0]], minlength=3).tolist() == [1, 1, 1]  # train keeps one of everybody
     again = split_per_user(user, (0.1, 0.2), torch.Generator().manual_seed(1))
     assert not torch.equal(parts[2], again[2])
 
@@ -355,6 +357,8 @@ def test_attention_is_found_anew_once_an_epoch(moved):
     fresh = model.edge_weight.clone()
     model(epoch[0].inputs)  # a technique may look at the same batch twice
     assert torch.equal(model.edge_weight, fresh)
+    outputs_on(model, moved.data.test)
+    assert not bool(model.stale), "an evaluation is no step"
     model(epoch[-1].inputs)
     assert torch.equal(model.edge_weight, fresh)
 

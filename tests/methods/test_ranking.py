@@ -141,6 +141,7 @@ def test_the_tail_keeps_equals_together():
 
 def test_users_without_held_out_items_are_left_out_and_seen_ones_are_never_relevant():
     scores = torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
+    scores[2, 7] = 2.0
     known, held = [(0, 1), (1, 2), (2, 3)], [(0, 5), (2, 7)]
     found = Ranking().measure(subject_of(scores, held, known), Context())
     again = Ranking().measure(subject_of(scores, [*held, (2, 3)], known), Context())

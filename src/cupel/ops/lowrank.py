@@ -68,7 +68,7 @@ def nmf_factors(weight: Tensor, start: tuple[Tensor, Tensor], iterations: int) -
 
 
 def snmf_factors(weight: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Factors of which the second is non-negative and the first is free (Ding, Li, Jordan 2010, section 2.1).
+    """Factors of which the second is non-negative and the first is free (Ding, Li, Jordan 2010).
 
     Args:
         weight: `[O, I]`.

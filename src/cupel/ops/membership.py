@@ -129,7 +129,9 @@ def tpr_interval(
     found = torch.cat(
         [
             tpr_at(
-                members[torch.randint(m, (20, m), generator=draw)], others[torch.randint(n, (20, n), generator=draw)], fpr
+                members[torch.randint(m, (20, m), generator=draw)],
+                others[torch.randint(n, (20, n), generator=draw)],
+                fpr,
             )
             for _ in range(-(-resamples // 20))
         ]
@@ -235,9 +237,7 @@ def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor, share_vari
     return parts[0] - parts[1]
 
 
-def matched(
-    members: Tensor, others: Tensor, most: int, draw: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def matched(members: Tensor, others: Tensor, most: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """Rows of members and of as many non-members of every class, at random, sorted.
 
     Unequal class counts would let an attack win by telling classes apart and not members.

@@ -123,7 +123,9 @@ class PruneMIA:
         pool = Examples(*(torch.cat([getattr(p, k) for p in parts]) for k in ("inputs", "targets", "index")))
         seen = [self._watched(pool, rows, ctx, k) for k, rows in enumerate(self._rows(len(pool), ctx))]
         victim, shadows = seen[0], seen[1:]
-        taught = Seen(*(torch.cat([getattr(s, k) for s in shadows]) for k in ("logits", "features", "targets", "member")))
+        taught = Seen(
+            *(torch.cat([getattr(s, k) for s in shadows]) for k in ("logits", "features", "targets", "member"))
+        )
         return self._readings(victim, taught, self._learnt(taught, victim, ctx), ctx)
 
     def _rows(self, count: int, ctx: Context) -> Iterator[Tensor]:
@@ -189,7 +191,7 @@ class PruneMIA:
         for name, group in (("train", victim.member), ("test", ~victim.member)):
             found[f"victim_{name}_accuracy"] = share(int((right & group).sum()), int(group.sum()), "none")
         note = f"one victim and {self.networks - 1} shadow(s), {count // 2} members each; one half is guessing"
-        return Readings.of([note], **found)
+        return Readings(found, (note,))
 
 
 def _judged(said: Tensor, member: Tensor) -> Reading:

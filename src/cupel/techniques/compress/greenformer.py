@@ -79,12 +79,12 @@ def pair_like(layer: Layer, rank: int) -> LowRank:
 
 
 def factorable(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """Names and layers that can become a pair, every place of a shared layer included.
+    """Names and layers that can become a pair.
 
     Subclasses are left alone: attention reads the weights of its own kind of linear layer directly.
     """
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in model.named_modules():
         if isinstance(module, LowRank):
             inside += (f"{name}.",)
         huggingface = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
@@ -141,15 +141,14 @@ class Greenformer:
         roots = _roots(model, chosen, self.examples, ctx) if self.whiten else {}
         pairs: dict[int, nn.Module] = {}
         for name, layer in chosen.items():
-            if id(layer) not in pairs:
-                made = self._pair(name, layer, roots.get(name), ctx)
-                if made is not None:
-                    pairs[id(layer)] = made
+            made = self._pair(name, layer, roots.get(name), ctx)
+            if made is not None:
+                pairs[id(layer)] = made
         if not pairs:
             return model
         if id(model) in pairs:
             return pairs[id(model)]
-        # The network handed in stays as it was: the copy takes the pairs where the layers would be copied.
+        # The network handed in stays as it was: the copy takes a pair wherever it would copy the layer.
         return copy.deepcopy(model, dict(pairs))
 
     def _chosen(self, model: nn.Module) -> dict[str, Layer]:

@@ -112,18 +112,19 @@ class JeiDnn:
     Source: Regol, Chataoui, Coates, ICLR 2024, arXiv 2310.09163.
 
     Departs: gates learn on the validation split, which neither backbone nor heads have seen, since losses on seen
-    examples are too low at every exit; `balance` scales the weight of the rarer gate label (the paper's is 1; 0 is
-    plain cross-entropy, which kept more accuracy in our trials); the bracket is detached (in the released code it
-    cancels); costs are shares of the plain backbone, so the last exit costs a little over one; the warm-up has a fixed
+    examples are too low at every exit; label weights come from the cumulative labels 1[l >= l*], and `balance` can
+    weaken them; the bracket is detached (in the released code it cancels); costs are shares of the plain backbone, so the last exit costs a little over one; the warm-up has a fixed
     length. Features are standardised for training and the scaling is folded into the heads.
 
     Example:
         >>> JeiDnn(cost_weight=0.5).balance
-        0.0
+        1.0
     """
 
     cost_weight: float = param(0.2, "nats of cross-entropy that the whole backbone's cost is worth (lambda)", ge=0)
-    balance: float = param(0.0, "exponent of the gates' label weight (negatives / positives, at most 5)", ge=0, le=1)
+    balance: float = param(
+        1.0, "exponent of the gates' label weight (negatives / positives, at most 5); 0: none", ge=0, le=1
+    )
     pool: int = param(2, "side of the pooled maps that a head sees", ge=1, le=16)
     warmup: int = param(6, "epochs of the heads alone", ge=0)
     rounds: int = param(4, "times that heads and gates swap; 0 leaves the network without exits", ge=0)

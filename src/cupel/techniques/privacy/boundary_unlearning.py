@@ -92,7 +92,7 @@ class BoundaryUnlearning:
     mode the forget batches alone shift the statistics, which forgets much, but not by the method. An
     example whose step does not cross gets its runner-up class and not its own label. eps grows until
     steps cross. No momentum, a larger lr and more epochs than the code's 10: with momentum 0.9 the short
-    fine-tuning overshoots, and 2 to 7 points more of the other classes were lost at equal forgetting.
+    fine-tuning overshoots, and 3 to 6 points more of the other classes were lost at equal forgetting.
     No curvature penalty and no weights by margin.
 
     Example:
