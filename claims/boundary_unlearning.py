@@ -20,9 +20,9 @@ from cupel.runner.claims import Claim
 from cupel.techniques.privacy.boundary_unlearning import BoundaryUnlearning
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 
-# Rates and epochs were chosen on run seeds 100 to 104, for every form and for random labels alike: the best of five.
-# A first run gave shrink the method's default lr, 1e-3; it is kept beside it as `shrink_default`.
-LR = {"shrink": 3e-3, "shrink_default": 1e-3, "expanding": 1e-3, "random_labels": 1e-3}
+# The bounds judge the method's default lr. Beside it stands `shrink_tuned`, with the best of five rates on run seeds
+# 100 to 104, as the rates of the other forms were chosen: a finding, not a verdict.
+LR = {"shrink": 1e-3, "shrink_tuned": 3e-3, "expanding": 1e-3, "random_labels": 1e-3}
 CLAIM = Claim(
     method="boundary-unlearning",
     statement="Boundary Shrink forgets digit 3 (at most 5% of its test images still recognised) at a cost of at most 2 "
@@ -36,6 +36,8 @@ CLAIM = Claim(
         "histogram_gain": "> 0",
         "shrink_hit_rate": ">= 0.8",
     },
+    explains="At the default lr the other digits lose a little more than the two points allowed. With lr 3e-3, chosen on "
+    "other seeds, they lose less (shrink_tuned_rest_loss); the short fine-tuning on one class is sensitive to its rate",
 )
 FORGET = 3
 
@@ -95,10 +97,10 @@ def measure(seed: int, quick: bool) -> dict[str, float]:
     seconds["retrained"] = time.perf_counter() - began
 
     notes = {}
-    for name in ("shrink", "shrink_default", "expanding"):
+    for name in ("shrink", "shrink_tuned", "expanding"):
         shelf = Shelf(subject.data.fingerprint)
         began = time.perf_counter()
-        method = BoundaryUnlearning(forget=FORGET, form=name.removesuffix("_default"), lr=LR[name])
+        method = BoundaryUnlearning(forget=FORGET, form=name.removesuffix("_tuned"), lr=LR[name])
         nets[name] = apply(method, replace(subject, shelf=shelf), seed=seed).model
         seconds[name] = time.perf_counter() - began
         notes |= shelf.get(FORGETTING)

@@ -22,9 +22,7 @@ def stratified(inputs: Tensor, targets: Tensor, valid: float, test: float, data_
     rows = np.arange(len(targets))
     labels = targets.numpy()
     rest, held = train_test_split(rows, test_size=test, random_state=data_seed, stratify=labels)
-    kept, checked = train_test_split(
-        rest, test_size=valid / (1 - test), random_state=data_seed, stratify=labels[rest]
-    )
+    kept, checked = train_test_split(rest, test_size=valid / (1 - test), random_state=data_seed, stratify=labels[rest])
     parts = (torch.from_numpy(np.sort(r)) for r in (kept, checked, held))
     return Splits(*(Examples(inputs[r], targets[r], r) for r in parts))
 

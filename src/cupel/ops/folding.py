@@ -24,7 +24,8 @@ def folded(model: nn.Module, sample: Tensor) -> nn.Module:
     """A frozen copy of `model` in evaluation mode with batch norms folded into the layers before them.
 
     W' = W g / sqrt(v + e), b' = (b - m) g / sqrt(v + e) + beta: the same function with one pass over
-    memory less per layer, forward and backward. Dropout is removed and images are kept channels-last.
+    memory less per layer, forward and backward. Dropout is removed, images are kept channels-last, and a
+    first convolution of one channel gets an input gradient of its own.
 
     Args:
         model: left as it is.
@@ -51,23 +52,24 @@ class _SlimConv(torch.autograd.Function):
         return nn.functional.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        (n, c, high, wide), stride, padding = ctx.how
+        (n, _, high, wide), stride, padding = ctx.how
         _, out, rows, columns = grad.shape
         tall, broad = weight.shape[2:]
         flat = grad.permute(0, 2, 3, 1).reshape(-1, out)  # [N * rows * columns, out]
-        taps = (weight.reshape(out, -1).t() @ flat.t()).view(c, tall, broad, n, rows, columns)
-        found = grad.new_zeros(c, n, high + 2 * padding, wide + 2 * padding)
+        taps = (weight.reshape(out, -1).t() @ flat.t()).view(tall, broad, n, rows, columns)
+        found = grad.new_zeros(n, high + 2 * padding, wide + 2 * padding)
         for i in range(tall):
             for j in range(broad):
                 reach = (slice(i, i + stride * rows, stride), slice(j, j + stride * columns, stride))
-                found[(..., *reach)] += taps[:, i, j]
-        return found[..., padding : padding + high, padding : padding + wide].transpose(0, 1), None, None, None, None
+                found[(slice(None), *reach)] += taps[i, j]
+        inner = found[:, None, padding : padding + high, padding : padding + wide]
+        return inner, None, None, None, None
 
 
 class _FirstConv(nn.Module):
-    """A frozen convolution of few channels, for which the library's input gradient wastes most of its work."""
+    """A frozen convolution of one channel, whose input gradient in the library wastes most of its work."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -81,8 +83,7 @@ class _FirstConv(nn.Module):
 def _is_slim(layer: nn.Module) -> bool:
     return (
         type(layer) is nn.Conv2d
-        and layer.in_channels <= 4
-        and layer.groups == 1
+        and layer.in_channels == 1
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
         and len({*layer.stride}) == len({*layer.padding}) == len({*layer.dilation, 1}) == 1
@@ -140,7 +141,7 @@ def _fold(model: nn.Module, sample: Tensor) -> nn.Module:
                 here.inplace = True  # neither layer looks at its own output again
     for name, layer in list(traced.named_modules()):
         if _is_slim(layer):
-            traced.set_submodule(name, _FirstConv(layer))  # type: ignore[arg-type]
+            traced.set_submodule(name, _FirstConv(layer))
     traced.delete_all_unused_submodules()
     traced.graph.lint()
     traced.recompile()
