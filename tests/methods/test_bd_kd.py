@@ -88,7 +88,7 @@ def test_the_teacher_s_term_equals_a_slow_sum_and_pulls_it_towards_the_student()
     term = teacher_term(z_s, z_t, 3.0)
     assert np.isclose(float(term.detach()), slow)
     (grad,) = torch.autograd.grad(term, z_t)
-    assert float(teacher_term(z_s, z_t - 0.1 * grad, 3.0)) < float(term.detach())
+    assert float(teacher_term(z_s, z_t.detach() - 0.1 * grad, 3.0)) < float(term.detach())
 
 
 def test_each_term_has_gradients_for_its_own_network_only() -> None:

@@ -35,7 +35,7 @@ def test_recipes_of_the_readme_are_planned() -> None:
     from cupel.runner.recipe import recipe_of
 
     for text in re.findall(r"```yaml\n(.*?)```", (TOP / "README.md").read_text(encoding="utf-8"), re.DOTALL):
-        make_plan(recipe_of(**yaml.safe_load(text)))
+        assert make_plan(recipe_of(**yaml.safe_load(text))).nodes
 
 
 def test_generated_pages_are_up_to_date() -> None:

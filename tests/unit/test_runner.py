@@ -14,7 +14,8 @@ from cupel.core.errors import PlanError, RecipeError
 from cupel.core.steps import FitStep
 from cupel.report.html import page
 from cupel.runner.bench import prepare
-from cupel.runner.plan import describe, make_plan
+from cupel.runner.describe import describe
+from cupel.runner.plan import make_plan
 from cupel.runner.recipe import read_recipe, recipe_of
 from cupel.runner.run import exit_code, run
 from cupel.testing.harness import same_bits, state

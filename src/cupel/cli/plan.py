@@ -21,7 +21,8 @@ def plan(
 
     Example:  cupel plan recipes/demo.yaml
     """
-    from cupel.runner.plan import describe, make_plan
+    from cupel.runner.describe import describe
+    from cupel.runner.plan import make_plan
     from cupel.runner.recipe import read_recipe
 
     told = describe(make_plan(read_recipe(recipe, tuple(set_ or ()))))

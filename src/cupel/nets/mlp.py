@@ -28,4 +28,5 @@ class Mlp(nn.Module):
         x = self.flat(x)  # [B, features]
         for name in self.blocks:
             x = self.get_submodule(name)(x)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits

@@ -141,12 +141,12 @@ def simulate(
     """
     clock = _Clock(layers, stages, levels)
     warm = warm_ups([s.replicas for s in stages], pipelined)
-    todo = [
+    queues = [
         (k, list(order(r, s.replicas, warm[k], batches))[::-1]) for k, s in enumerate(stages) for r in range(s.replicas)
     ]
-    while any(work for _, work in todo):
+    while any(work for _, work in queues):
         moved = False
-        for k, work in todo:
+        for k, work in queues:
             while work and clock.compute(work[-1][0], k, work[-1][1], batches):
                 work.pop()
                 moved = True
