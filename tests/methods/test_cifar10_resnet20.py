@@ -54,7 +54,7 @@ def test_stages_shrink_and_start_at_he_variance() -> None:
         net.get_submodule(name).register_forward_hook(lambda m, a, out: sizes.append(tuple(out.shape[1:])))
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert sizes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
-    assert float(net.stage3[2].conv2.weight.detach().std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
+    assert float(net.stage3[0].conv1.weight.detach().std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
 
 
 def test_absent_data_say_where_to_put_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
