@@ -60,7 +60,7 @@ class Tree:
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):
     """YAML's safe loader, with `1e-3` read as a number, as people mean it."""
 
 
