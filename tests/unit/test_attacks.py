@@ -159,14 +159,15 @@ def test_rows_that_circle_are_dropped_without_changing_a_verdict() -> None:
     threat = Threat("linf", 0.08, Bounds(), steps=40)
     start = threat.admit(x + random_in_ball(x, 0.08, "linf", seeded(0, "a")), x)
     verdicts, costs = [], []
-    for memoryless in (False, True):
+    for width in (None, 100, 7):
         tally = Tally.of(len(x))
         project = lambda new, rows: threat.admit(new, x[rows])  # noqa: E731
         objective = raising(model, y, cross_entropy, tally)
-        moved = descend(start, objective, 40, stepping(threat, threat.stride), project, memoryless)
+        moved = descend(start, objective, 40, stepping(threat, threat.stride), project, width)
         verdicts.append(model(moved).argmax(1) != y)
         costs.append(int(tally.gradients.sum()))
-    assert torch.equal(*verdicts) and costs[1] < 0.8 * costs[0]
+    assert torch.equal(verdicts[0], verdicts[1]) and torch.equal(verdicts[0], verdicts[2])
+    assert costs[1] < 0.8 * costs[0] and abs(costs[2] - costs[1]) < 0.02 * costs[1]
 
 
 def test_rows_that_rest_are_dropped_at_once() -> None:
@@ -176,7 +177,7 @@ def test_rows_that_rest_are_dropped_at_once() -> None:
         seen.append(rows.tolist())
         return (x * torch.tensor([[1.0], [0.0]])[rows]).sum(1), None
 
-    descend(torch.zeros(2, 1), objective, 3, stepping(Threat(), 0.1), memoryless=True)
+    descend(torch.zeros(2, 1), objective, 3, stepping(Threat(), 0.1), width=2)
     assert seen == [[0, 1], [0], [0]]
 
 

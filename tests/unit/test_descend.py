@@ -56,3 +56,32 @@ def test_start_is_not_changed() -> None:
     start = torch.ones(2, 2)
     descend(start, lambda x, rows: (x.sum(1), None), 3, sign_move(0.1))
     assert torch.equal(start, torch.ones(2, 2)) and not start.requires_grad
+
+
+def test_rows_that_wait_come_in_as_others_leave_and_move_as_often() -> None:
+    seen: list[list[int]] = []
+    goal = torch.tensor([0.05, 0.25, 9.0, 9.0, 0.15])
+
+    def objective(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(rows.tolist())
+        return -x.sum(1), x.sum(1) >= goal[rows]
+
+    found = descend(torch.zeros(5, 1), objective, 4, sign_move(0.1), width=2)
+    assert torch.allclose(found.flatten(), torch.tensor([0.1, 0.3, 0.4, 0.4, 0.2]), atol=1e-6)
+    assert seen == [[0, 1], [0, 1], [1, 2], [1, 2], [2, 3], [2, 3], [3, 4], [3, 4], [4]]
+
+
+def test_circles_of_every_length_looked_for_are_noticed() -> None:
+    for period in (2, 4, 6):
+        calls = 0
+
+        def objective(x: Tensor, rows: Tensor) -> tuple[Tensor, None]:
+            nonlocal calls
+            calls += 1
+            return x.sum(1), None
+
+        def move(x: Tensor, grad: Tensor, rows: Tensor, k: int) -> Tensor:
+            return (x + 1) % period  # noqa: B023
+
+        descend(torch.zeros(1, 1), objective, 40, move, width=1)
+        assert calls == period

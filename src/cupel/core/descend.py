@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-CIRCLES = (1, 2, 4, 6)  # periods looked for; signed steps in a ball end almost only in even ones
+CIRCLES = (1, 2, 4, 6)  # how many moves ago; signed steps in a ball end almost only in even circles
 Project = Callable[[Tensor, Tensor], Tensor]  # (x, rows) -> x inside the allowed set
 
 
@@ -37,7 +37,7 @@ def descend(
     steps: int,
     move: Move,
     project: Project | None = None,
-    memoryless: bool = False,
+    width: int | None = None,
 ) -> Tensor:
     """Lower `objective` row by row from `start` `[N, ...]`; finished rows are dropped from the work.
 
@@ -51,56 +51,83 @@ def descend(
         steps: moves a row may make.
         move: the step rule (`sign_move`, `adam_move`, or your own).
         project: back into the allowed set after every move.
-        memoryless: `objective`, `move` and `project` look at nothing but x. Then a row that a move leaves
-            where it was, or brings back to where it was 2, 4 or 6 moves earlier, would circle for ever
-            among points that were checked already: it is dropped too.
+        width: only where `objective`, `move` and `project` look at nothing but x and rows. Rows then need not
+            move in step: at most `width` are worked on, and one that leaves makes room for one that
+            waits. A row also leaves when a move brings it where it stood before (see `CIRCLES`): it would
+            circle for ever among points that were checked already.
 
     Returns:
         `[N, ...]` where each row stopped.
     """
-    x = start.detach().clone()
-    rows = torch.arange(len(x), device=x.device)
-    here = start.detach()  # where the active rows are
-    trail: list[Tensor] = []  # where they were, newest last
-    for k in range(steps):
-        if not len(rows):
-            break
+    work = _Work(start.detach(), len(start) if width is None else width)
+    k = 0
+    while work.fill() and steps:
         with torch.enable_grad():
-            leaf = here.detach().requires_grad_(True)
-            values, done = objective(leaf, rows)
-            keep = None if done is None or not bool(done.any()) else ~done
-            if keep is not None and not bool(keep.any()):
-                break
+            leaf = work.here.detach().requires_grad_(True)
+            values, done = objective(leaf, work.rows)
+            open_ = None if done is None or not bool(done.any()) else ~done
+            if open_ is not None and not bool(open_.any()):
+                work.drop(~open_)
+                continue
             # The graph holds all rows; the summed values of the open ones give their gradients alone.
-            (grad,) = torch.autograd.grad((values if keep is None else values[keep]).sum(), leaf)
+            (grad,) = torch.autograd.grad((values if open_ is None else values[open_]).sum(), leaf)
         with torch.no_grad():
-            here = leaf.detach()
-            if keep is not None:
-                x[rows[~keep]] = here[~keep]
-                rows, here, grad = rows[keep], here[keep], grad[keep]
-                trail = [past[keep] for past in trail]
-            new = move(here, grad, rows, k)
-            new = project(new, rows) if project is not None else new
-            if memoryless:
-                trail = [*trail[-CIRCLES[-1] + 1 :], here]
-                rests = _rests(new, trail)
-                if bool(rests.any()):
-                    x[rows[rests]] = new[rests]
-                    rows, new, trail = rows[~rests], new[~rests], [past[~rests] for past in trail]
-            here = new
-    x[rows] = here
-    return x
+            if open_ is not None:
+                work.drop(~open_)
+                grad = grad[open_]
+            new = move(work.here, grad, work.rows, k)
+            new = project(new, work.rows) if project is not None else new
+            rests = work.step(new, remember=width is not None)
+            over = work.taken >= steps if rests is None else (work.taken >= steps) | rests
+            if bool(over.any()):
+                work.drop(over)
+        k += 1
+    return work.x
 
 
-def _rests(new: Tensor, trail: list[Tensor]) -> Tensor:
-    """Rows `[R]` of `new` that are, up to rounding, where they were one of `CIRCLES` moves ago."""
-    shift = (new - trail[-1]).flatten(1).abs().amax(dim=1)
-    found = shift == 0
-    for ago in CIRCLES[1:]:
-        if ago <= len(trail):
-            # Rounding shifts a row that circles by far less than one part in a thousand of its step.
-            found |= (new - trail[-ago]).flatten(1).abs().amax(dim=1) <= 1e-3 * shift
-    return found
+class _Work:
+    """The rows that are worked on: `rows` `[R]`, where they are, where they were, how often they moved."""
+
+    def __init__(self, start: Tensor, width: int) -> None:
+        self.start, self.width, self.next = start, max(width, 1), 0
+        self.x = start.clone()
+        self.rows = torch.zeros(0, dtype=torch.long, device=start.device)
+        self.here, self.taken = start[:0], self.rows
+        self.trail: list[Tensor] = []  # newest last
+
+    def fill(self) -> int:
+        """Take waiting rows into free places; how many rows are at work then."""
+        room = min(self.width - len(self.rows), len(self.start) - self.next)
+        if room > 0:
+            fresh = torch.arange(self.next, self.next + room, device=self.rows.device)
+            there = self.start[self.next : self.next + room]
+            self.next += room
+            self.rows, self.here = torch.cat([self.rows, fresh]), torch.cat([self.here, there])
+            self.taken = torch.cat([self.taken, torch.zeros_like(fresh)])
+            nowhere = torch.full_like(there, torch.nan)  # equal to no place at all
+            self.trail = [torch.cat([past, nowhere]) for past in self.trail]
+        return len(self.rows)
+
+    def step(self, new: Tensor, remember: bool) -> Tensor | None:
+        """Move to `new`; with `remember`, tell which rows `[R]` stand where they stood before."""
+        before, self.here, self.taken = self.here, new, self.taken + 1
+        if not remember:
+            return None
+        self.trail = [*self.trail[-CIRCLES[-1] + 1 :], before]
+        shift = (new - before).flatten(1).abs().amax(dim=1)
+        found = shift == 0
+        for ago in CIRCLES[1:]:
+            if ago <= len(self.trail):
+                # Rounding shifts a row that circles by far less than one part in a thousand of its step.
+                found |= (new - self.trail[-ago]).flatten(1).abs().amax(dim=1) <= 1e-3 * shift
+        return found
+
+    def drop(self, gone: Tensor) -> None:
+        """Write down where the rows `gone` `[R]` are, and work on the others alone."""
+        self.x[self.rows[gone]] = self.here[gone].detach()
+        keep = ~gone
+        self.rows, self.here, self.taken = self.rows[keep], self.here[keep], self.taken[keep]
+        self.trail = [past[keep] for past in self.trail]
 
 
 def sign_move(size: float) -> Move:

@@ -67,6 +67,11 @@ def stepping(threat: Threat, size: float) -> Move:
     return sign_move(size) if threat.norm == "linf" else unit_move(size)
 
 
+def at_once(x: Tensor) -> int:
+    """How many rows of `x` `[N, ...]` to work on at a time: enough to fill the kernels, few enough for the cache."""
+    return min(256, max(32, 100_000 // max(1, x[:1].numel())))
+
+
 def fgsm(
     model: Model,
     x: Tensor,
@@ -117,5 +122,5 @@ def pgd(
         threat.steps,
         stepping(threat, threat.stride),
         lambda new, rows: threat.admit(new, x[rows]),
-        memoryless=True,
+        width=at_once(x),
     )

@@ -69,7 +69,9 @@ class Bench:
         assert subject.shelf is not None
         for name, spec in self.given.items():
             made = self._given(name, spec, ctx, data, subject.data.fingerprint)
-            subject.shelf.put(key_named(name), made.model, fingerprint=made.data.fingerprint if data is None else None)
+            replace(subject.shelf, maker=f"given {name}").put(
+                key_named(name), made.model, fingerprint=made.data.fingerprint if data is None else None
+            )
         return changed
 
     def _given(self, name: str, spec: GivenRun, ctx: Context, data: DataChange | None, print_: str) -> Subject:
