@@ -226,3 +226,11 @@ def test_trained_partner_moves() -> None:
 def test_derived_seeds_differ_and_repeat() -> None:
     assert derive(0, "a", "b") == derive(0, "a", "b")
     assert len({derive(0, "a", "b"), derive(0, "ab"), derive(0, "b", "a"), derive(1, "a", "b")}) == 4
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(1, [1] * 5), (2, [2, 3]), (4, [5]), (3, [3, 2]), (9, [5])])
+def test_a_last_batch_of_one_joins_the_one_before(size: int, lengths: list[int]) -> None:
+    rows = torch.arange(5)
+    data = Examples(torch.rand(5, 2), rows, rows)
+    for draw in (None, torch.Generator().manual_seed(0)):
+        assert [len(batch) for batch in data.batches(size, draw)] == lengths

@@ -103,7 +103,7 @@ class Examples:
         count = len(self)
         order = None if draw is None else torch.randperm(count, generator=draw)
         edges = [*range(0, count, size), count]
-        if len(edges) > 2 and edges[-1] - edges[-2] == 1:
+        if size > 1 and len(edges) > 2 and edges[-1] - edges[-2] == 1:
             del edges[-2]
         for low, high in pairwise(edges):
             rows: Tensor | slice = slice(low, high) if order is None else order[low:high]
