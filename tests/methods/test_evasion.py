@@ -141,6 +141,9 @@ def test_says_when_it_does_not_apply() -> None:
     soft = plain().with_data(replace(plain().data, test=test.having(targets=torch.rand(len(test), 10))))
     with pytest.raises(NotApplicable, match="one class each"):
         PROBE.measure(soft, Context())
+    single = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    with pytest.raises(NotApplicable, match="one score per class"):
+        PROBE.measure(plain().with_model(single), Context())
 
 
 def test_signs_one_by_one() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -113,18 +112,6 @@ def test_a_relu_whose_input_is_used_again_is_not_overwritten() -> None:
     net, x = Twice().eval(), inputs()
     quick = folded(net, x[:8])
     assert quick.model is not net and torch.allclose(quick(x), net(x), atol=1e-5)
-
-
-@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (5, 2, 0), (3, 2, 1), (1, 1, 0), (3, 1, 3)])
-def test_gradients_of_a_first_convolution_of_one_channel(size: int, stride: int, padding: int) -> None:
-    net = nn.Sequential(nn.Conv2d(1, 6, size, stride, padding), nn.Tanh(), nn.Flatten(), nn.LazyLinear(5))
-    x = torch.rand(9, 1, 8, 11, generator=seeded(0, "x"))
-    net(x)
-    net.eval()
-    quick = folded(net, x[:4])
-    assert any(type(m).__name__ == "_FirstConv" for m in quick.modules())
-    assert torch.allclose(quick(x), net(x), atol=1e-5)
-    assert torch.allclose(gradient(quick, x), gradient(net, x), atol=1e-5)
 
 
 def test_filling_up_changes_no_row_and_costs_at_most_an_eighth() -> None:

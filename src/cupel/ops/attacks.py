@@ -69,7 +69,7 @@ def stepping(threat: Threat, size: float) -> Move:
 
 def at_once(x: Tensor) -> int:
     """How many rows of `x` `[N, ...]` to work on at a time: enough to fill the kernels, few enough for the cache."""
-    return min(256, max(32, 100_000 // max(1, x[:1].numel())))
+    return min(256, max(32, 50_000 // max(1, x[:1].numel())))
 
 
 def fgsm(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,8 +23,7 @@ def folded(model: nn.Module, sample: Tensor) -> nn.Module:
     """A frozen copy of `model` in evaluation mode with batch norms folded into the layers before them.
 
     W' = W g / sqrt(v + e), b' = (b - m) g / sqrt(v + e) + beta: the same function with one pass over
-    memory less per layer, forward and backward. Dropout is removed, images are kept channels-last, and a
-    first convolution of one channel gets an input gradient of its own.
+    memory less per layer, forward and backward. Dropout is removed and images are kept channels-last.
 
     Args:
         model: left as it is.
@@ -40,54 +38,6 @@ def folded(model: nn.Module, sample: Tensor) -> nn.Module:
         if _same(model, quick, sample):
             return Evened(quick)
     return Evened(model)
-
-
-class _SlimConv(torch.autograd.Function):
-    """A convolution whose input gradient is one matrix product and a few shifted sums."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.how = (x.shape, stride, padding)
-        return nn.functional.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        (n, _, high, wide), stride, padding = ctx.how
-        _, out, rows, columns = grad.shape
-        tall, broad = weight.shape[2:]
-        flat = grad.permute(0, 2, 3, 1).reshape(-1, out)  # [N * rows * columns, out]
-        taps = (weight.reshape(out, -1).t() @ flat.t()).view(tall, broad, n, rows, columns)
-        found = grad.new_zeros(n, high + 2 * padding, wide + 2 * padding)
-        for i in range(tall):
-            for j in range(broad):
-                reach = (slice(i, i + stride * rows, stride), slice(j, j + stride * columns, stride))
-                found[(slice(None), *reach)] += taps[i, j]
-        inner = found[:, None, padding : padding + high, padding : padding + wide]
-        return inner, None, None, None, None
-
-
-class _FirstConv(nn.Module):
-    """A frozen convolution of one channel, whose input gradient in the library wastes most of its work."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        return _SlimConv.apply(x, conv.weight, conv.bias, conv.stride[0], conv.padding[0])  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _is_slim(layer: nn.Module) -> bool:
-    return (
-        type(layer) is nn.Conv2d
-        and layer.in_channels == 1
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-        and len({*layer.stride}) == len({*layer.padding}) == len({*layer.dilation, 1}) == 1
-    )
 
 
 class Evened(nn.Module):
@@ -139,9 +89,6 @@ def _fold(model: nn.Module, sample: Tensor) -> nn.Module:
                 _skip(traced, node)
             elif isinstance(here, nn.ReLU) and isinstance(layer, nn.Conv2d | nn.Linear):
                 here.inplace = True  # neither layer looks at its own output again
-    for name, layer in list(traced.named_modules()):
-        if _is_slim(layer):
-            traced.set_submodule(name, _FirstConv(layer))
     traced.delete_all_unused_submodules()
     traced.graph.lint()
     traced.recompile()

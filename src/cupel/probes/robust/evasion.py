@@ -51,7 +51,7 @@ class Evasion:
     Shapes: inputs `[N, ...]` floats within the subject's bounds, logits `[N, K]`.
 
     Raises:
-        NotApplicable: inputs have no bounds or are no float tensor, or outputs are no logits.
+        NotApplicable: inputs have no bounds, are no float tensor or have no single class; outputs are no scores.
 
     Source: Croce and Hein 2020 for the ensemble; Athalye et al. 2018 for the signs; FGSM, PGD, C&W and
     Square as cited in `cupel.ops`.
@@ -76,6 +76,13 @@ class Evasion:
     def measure(self, subject: Subject, ctx: Context) -> Readings:
         bounds, x, y = self._inputs(subject, ctx)
         with still(subject.model) as model, ctx.scope("attacks"):
+            with torch.no_grad():
+                shape = tuple(model(x[:2]).shape)
+            if len(shape) != 2 or shape[1] < 2:
+                raise NotApplicable(
+                    f"evasion must get one score per class; got outputs of shape {list(shape)} for two inputs. "
+                    "Use it where inputs are classified."
+                )
             if has_gradients(model, x[:2]):
                 bench = _Bench(self, bounds, model, folded(model, x[:16]), x, y, ctx)
                 found, signs = bench.white_box()
