@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cupel.core.context import seeded
 from cupel.nets.convnet import ConvNet
+from cupel.nets.poolnet import PoolNet
 from cupel.ops.folding import Evened, even_size, folded
 
 torch.set_num_threads(1)
@@ -48,6 +49,18 @@ def test_logits_and_gradients_are_those_of_the_model() -> None:
     assert torch.allclose(quick(x), net(x), atol=1e-4)
     assert torch.allclose(gradient(quick, x), gradient(net, x), atol=1e-4)
     assert not any(p.requires_grad for p in quick.parameters())
+
+
+def test_max_pooling_comes_first_and_changes_nothing() -> None:
+    net, x = (
+        PoolNet(channels=1, side=28, classes=10, width=3).eval(),
+        torch.rand(12, 1, 28, 28, generator=seeded(0, "x")),
+    )
+    quick = folded(net, x[:6])
+    order = [str(node.target) for node in quick.model.graph.nodes if node.op == "call_module"]
+    assert order[:3] == ["block1.conv", "block1.pool", "block1.relu"]
+    assert torch.allclose(quick(x), net(x), atol=1e-5)
+    assert torch.allclose(gradient(quick, x), gradient(net, x), atol=1e-5)
 
 
 def test_leaves_the_model_as_it_was_even_in_training() -> None:
