@@ -22,9 +22,11 @@ MAY = {
     "techniques": {"core", "ops", "nets"},
     "probes": {"core", "ops", "nets"},
     "engines": {"core", "ops", "nets"},
-    "workloads": {"core", "ops", "nets", "data"},
+    "intake": {"core", "ops", "nets", "data", "intake"},
+    "workloads": {"core", "ops", "nets", "data", "intake"},
     "report": {"core", "report"},
-    "cli": {"core", "runner", "report", "cli"},
+    "ui": {"core", "report", "ui"},
+    "cli": {"core", "runner", "report", "data", "intake", "ui", "cli"},
 }
 FORBIDDEN = {"utils", "helpers", "common", "misc"}
 

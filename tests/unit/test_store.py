@@ -198,22 +198,6 @@ def test_what_cannot_be_stored_is_refused() -> None:
         size_of(sparse)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "m"
-    save_model(net(), path)
-    before = path.read_bytes()
-
-    def full(self: Path, data: bytes) -> int:
-        with open(self, "wb") as file:
-            file.write(data[:100])
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
-        save_model(net(1), path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m"]
-
-
 def test_saving_leaves_the_model_alone() -> None:
     subject = build(DigitsCnn(width=4, examples=96), Context())
     before = {k: v.clone() for k, v in subject.model.state_dict().items()}

@@ -31,8 +31,8 @@ def guarded(command: Callable[..., R]) -> Callable[..., R]:
                 _defect(error)
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            typer.echo("stopped", err=True)
+        except KeyboardInterrupt as stop:
+            typer.echo("; ".join(["stopped", *map(str, stop.args)]), err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # The reader of a pipe went away; leave without a second error at shutdown.

@@ -21,6 +21,8 @@ def run(
     ),
     device: str = typer.Option("cpu", help="auto, cpu or cuda."),
     jobs: int = typer.Option(0, help="Processes; 0 takes one for each core.", min=0),
+    on: str = typer.Option("local", help="local, or ray: a Ray cluster does the jobs."),
+    resume: Path = typer.Option(None, help="Continue the unfinished run in this folder.", show_default=False),
     every: bool = typer.Option(False, "--every", help="Show all readings, not only the first of each probe."),
     json_: bool = typer.Option(False, "--json", help="Print the scorecard as JSON."),
     quiet: bool = typer.Option(False, "--quiet", help="Print the verdict only."),
@@ -32,19 +34,23 @@ def run(
     import dataclasses
     import os
 
+    from cupel.core.errors import RecipeError
     from cupel.report.terminal import console, scorecard
     from cupel.runner.plan import make_plan
     from cupel.runner.recipe import read_recipe
 
-    path = recipe or Path(__file__).parents[1] / "recipes" / "demo.yaml"
+    if resume and (recipe or out or seed or set_):
+        raise RecipeError("a run must be resumed as it began; got a recipe or changes too. Give --resume alone.")
+    path = resume / "recipe.yaml" if resume else recipe or Path(__file__).parents[1] / "recipes" / "demo.yaml"
     chosen = read_recipe(path, tuple(set_ or ()))
     if seed:
         chosen = dataclasses.replace(chosen, seeds=tuple(dict.fromkeys(seed)))
     plan = make_plan(chosen)
-    folder = out or _fresh(path.stem)
+    folder = resume or out or _fresh(path.stem)
     for notice in plan.notices:
         typer.echo(f"note: {notice}", err=True)
-    card = _with_progress(chosen, folder, jobs or os.cpu_count() or 1, device, quiet or json_)
+    how = {"jobs": jobs or os.cpu_count() or 1, "on": on, "device": device, "resume": resume is not None}
+    card = with_progress(chosen, folder, quiet or json_, how)
     screen = console()
     if json_:
         typer.echo(json.dumps(card, indent=1, default=str))
@@ -68,7 +74,10 @@ def _fresh(stem: str) -> Path:
     return folder
 
 
-def _with_progress(recipe: object, folder: Path, jobs: int, device: str, quiet: bool) -> dict:  # type: ignore[type-arg]
+def with_progress(recipe: object, folder: Path, quiet: bool, how: dict) -> dict:  # type: ignore[type-arg]
+    """Run a recipe into a folder with a progress bar; a stop says how to go on."""
+    import signal
+
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from cupel.report.terminal import console
@@ -76,10 +85,14 @@ def _with_progress(recipe: object, folder: Path, jobs: int, device: str, quiet: 
 
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     screen = console(stderr=True)
-    with Progress(*columns, console=screen, disable=quiet or not screen.is_terminal, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Progress(*columns, console=screen, disable=quiet or not screen.is_terminal, transient=True) as bar:
+            task = bar.add_task("starting", total=None)
 
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+            def tell(what: str, done: int, total: int) -> None:
+                bar.update(task, description=what, completed=done, total=total)
 
-        return run_recipe(recipe, out=folder, jobs=jobs, device=device, tell=tell)  # type: ignore[arg-type]
+            return run_recipe(recipe, out=folder, tell=tell, **how)  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"continue with: cupel run --resume {folder}") from None

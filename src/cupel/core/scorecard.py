@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cupel.core.errors import ContractError
+from cupel.core.files import replace_file
 
 FORMAT = 1
 BETTER = ("higher", "lower", "none")
@@ -145,9 +146,7 @@ def difference(cell: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[float,
 def write_json(path: Path, content: object) -> None:
     """Write JSON in the order it was made, whole or not at all. NaN and infinities become null."""
     text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    replace_file(path, text)
 
 
 def _plain(value: Any) -> Any:

@@ -13,10 +13,10 @@ The header's `cupel` entry says how each tensor is put together again. Nothing i
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from cupel.core.errors import CupelError
+from cupel.core.files import replace_file
 
 FORMAT = "1"
 _NARROWER = {torch.float64: (torch.float32,), torch.int64: (torch.int8, torch.int16, torch.int32)}
@@ -144,37 +145,40 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _serialised(model: nn.Module) -> bytes:
+def packed(tensors: Mapping[str, Tensor], extra: Mapping[str, object] | None = None) -> bytes:
+    """A safetensors file of `tensors`, each in its smallest exact form; `extra` is plain and goes into the header."""
     writer = _Writer()
-    state = state_of(model)  # kept until all is written: tied weights are known by their address
-    for name, value in state.items():
+    for name, value in tensors.items():  # all are alive: tied weights are known by their address
         writer.add(name, value)
-    told = {"cupel": json.dumps({"format": FORMAT, "forms": writer.forms}, separators=(",", ":"))}
-    return to_bytes(writer.tensors, told)
+    told = {"format": FORMAT, "forms": writer.forms} | ({"extra": extra} if extra else {})
+    return to_bytes(writer.tensors, {"cupel": json.dumps(told, separators=(",", ":"))})
 
 
 def size_of(model: nn.Module) -> int:
     """Bytes that `save_model` would write."""
-    return len(_serialised(model))
+    return len(packed(state_of(model)))
 
 
 def save_model(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write the state of `model` to `path`, whole or not at all; returns the bytes written."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    data = _serialised(model)
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path.stat().st_size
+    data = packed(state_of(model))
+    replace_file(path, data)
+    return len(data)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a file written by `save_model`, each bit for bit as it was.
 
     Tensors in torch's quantised types come back in those types; a packed state comes back as packed.
+
+    Raises:
+        CupelError: the file is absent, cut short, or not one of cupel's.
+    """
+    return unpacked(path)[0]
+
+
+def unpacked(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the `extra` of a file that `packed` made.
 
     Raises:
         CupelError: the file is absent, cut short, or not one of cupel's.
@@ -188,17 +192,24 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path} must be a whole safetensors file; reading it failed: {error}. "
             "Write it again with `save_model`, or take another copy."
         ) from None
-    if told.get("format") != FORMAT:
+    if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise CupelError(
-            f"{path} must be a model file of cupel, format {FORMAT}; its header says {told.get('format')!r}. "
+            f"{path} must be a model file of cupel, format {FORMAT}; its header says otherwise. "
             "Write it with `save_model`, or read it with safetensors."
         )
-    forms: dict[str, dict[str, Any]] = told["forms"]
-    found = {name: value for name, value in raw.items() if "::" not in name}
-    for name, form in forms.items():
-        if "::" not in name and "same" not in form:
-            found[name] = _rebuilt(name, forms, raw)
-    return found | {name: found[form["same"]] for name, form in forms.items() if "same" in form}
+    try:
+        forms: dict[str, dict[str, Any]] = told["forms"]
+        found = {name: value for name, value in raw.items() if "::" not in name}
+        for name, form in forms.items():
+            if "::" not in name and "same" not in form:
+                found[name] = _rebuilt(name, forms, raw)
+        found |= {name: found[form["same"]] for name, form in forms.items() if "same" in form}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise CupelError(
+            f"{path} must describe the tensors it holds; its header does not fit them ({type(error).__name__}: "
+            f"{error}). Take another copy."
+        ) from None
+    return found, told.get("extra") or {}
 
 
 def _rebuilt(name: str, forms: Mapping[str, Mapping[str, Any]], raw: Mapping[str, Tensor]) -> Tensor:
@@ -207,8 +218,11 @@ def _rebuilt(name: str, forms: Mapping[str, Mapping[str, Any]], raw: Mapping[str
         return raw[name]
     dtype = getattr(torch, form["type"])
     if "mask" in form:
+        bits = raw[name + "::mask"]
+        if math.prod(form["mask"]) > 8 * bits.numel():  # a header must not ask for more memory than the file backs
+            raise ValueError(f"{name} claims {form['mask']} values in {bits.numel()} bytes of mask")
         dense = torch.zeros(form["mask"], dtype=dtype)
-        held = _flags(raw[name + "::mask"], dense.numel())
+        held = _flags(bits, dense.numel())
         dense.view(-1)[held] = raw[name + "::held"]
         if form["minus"]:
             zeros = (~held).nonzero().flatten()
@@ -227,7 +241,15 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         CupelError: the file does not fit, or cannot be read.
     """
-    stored = load_state(path)
+    return fill(model, load_state(path), str(path))
+
+
+def fill(model: nn.Module, stored: Mapping[str, Tensor], source: str = "the state") -> nn.Module:
+    """Put tensors by name, as `state_of` and `load_state` give them, into `model`, and return it.
+
+    Raises:
+        CupelError: they are not the state of this network; `source` names them in the message.
+    """
     packing = _packing(model)
     hidden = set().union(*(_own_names(p, m) for p, m in packing.items()))
     state = model.state_dict()  # filled in place: its metadata tells torch's modules their version
@@ -243,7 +265,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             module.load_packed_state({k: v for k, v in own.items() if prefix + k not in state})  # type: ignore[operator]
     except (KeyError, RuntimeError) as error:
         raise CupelError(
-            f"{path} must hold the state of this network; it does not: {error}. Build the network it was saved from."
+            f"{source} must hold the state of this network; it does not: {error}. Build the network it was saved from."
         ) from None
     return model
 

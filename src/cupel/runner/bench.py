@@ -162,13 +162,20 @@ def given_of(spec: GivenSpec, method_of: Callable[[str, Ref], Any]) -> GivenRun:
     )
 
 
-def frozen(subject: Subject) -> bytes:
-    """Network and shelf as bytes, to hand to another process of this run. Never written to a file."""
+Parts = tuple[torch.nn.Module, dict[str, tuple[object, str, str]]]
+
+
+def parts_of(subject: Subject) -> Parts:
+    """What a step may have changed: the network, and the shelf's entries."""
     assert subject.shelf is not None
-    entries = {k: (e.value, e.maker, e.fingerprint) for k, e in subject.shelf.entries.items()}
+    return subject.model, {k: (e.value, e.maker, e.fingerprint) for k, e in subject.shelf.entries.items()}
+
+
+def frozen(parts: Parts) -> bytes:
+    """Network and shelf as bytes, to hand to another process of this run. Never written to a file."""
     stream = io.BytesIO()
     try:
-        pickle.dump((subject.model, entries), stream)
+        pickle.dump(parts, stream)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ContractError(
             f"a network must travel between processes; pickling it failed: {error}. "

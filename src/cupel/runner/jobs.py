@@ -1,25 +1,23 @@
-"""Jobs of a plan: steps first, then measurements, in this process or in several.
-
-Every job is a plain function of picklable arguments, so that the same job runs here, in a pool of
-processes, or on another engine. One torch thread a job: the same bits whatever `jobs` is.
-"""
+"""The jobs of a plan in their order: steps first, then measurements, each as soon as it can begin."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass, field
 from typing import Any
 
-from cupel.core.errors import CupelError, NotApplicable
-from cupel.core.scorecard import write_json
-from cupel.runner.plan import Node, Plan, known, method_of
-from cupel.runner.recipe import Recipe, Ref
+from cupel.core.errors import CupelError
+from cupel.core.files import replace_file
+from cupel.runner.keep import Keeper
+from cupel.runner.plan import Node, Plan, known
+from cupel.runner.pool import Here, OnRay, WorkerDied, Workers
+from cupel.runner.recipe import Ref
+from cupel.runner.work import Made, do_node, do_probes, save_result
+
+Tell = Callable[[str, int, int], None]  # (what finished, jobs done, jobs in all)
+Leaf = tuple[str, int]  # variant, seed
 
 
 @dataclass
@@ -32,159 +30,29 @@ class Outcome:
     curve: list[dict[str, Any]] = field(default_factory=list)
     artefacts: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
-    failure: str = ""
-
-
-@dataclass(frozen=True)
-class Made:
-    """A finished node: network and shelf as bytes, and the epochs it logged."""
-
-    blob: bytes
-    curve: list[dict[str, Any]]
-    failure: str = ""
-
-
-def do_node(recipe: Recipe, node: Node, parent: bytes, device: str) -> Made:
-    """Build a fresh subject, or run one step on what the parent made."""
-    from cupel.runner.bench import frozen, step_of, thawed
-
-    with one_thread():
-        log: list[dict[str, Any]] = []
-        bench = _bench(recipe, node.variants[0] if node.variants else "", node.seed, device, log)
-        try:
-            if node.step is None:
-                return Made(frozen(bench.start()), log)
-            subject = thawed(_bare(bench), parent)
-            return Made(frozen(bench.step(subject, node.name, step_of(node.step, method_of))), log)
-        except CupelError as error:
-            if error.exit_code == 3:
-                raise
-            return Made(b"", log, f"{node.name}: {error}")
-
-
-def do_probes(
-    recipe: Recipe, variant: str, seed: int, blob: bytes, device: str, refs: tuple[Ref, ...]
-) -> dict[str, Any]:
-    """Measure one variant and seed with `refs`; forks are shared between these probes."""
-    from cupel.runner.bench import thawed
-
-    with one_thread():
-        bench = _bench(recipe, variant, seed, device, [])
-        subject = thawed(_bare(bench), blob)
-        subject.model.to(bench.device)
-        found = {}
-        for ref in refs:
-            began, before = time.perf_counter(), bench.forks_made
-            found[ref.label] = _measure(ref, subject, bench)
-            found[ref.label] |= {"seconds": time.perf_counter() - began, "forks": bench.forks_made - before}
-        return found
-
-
-def _measure(ref: Ref, subject: Any, bench: Any) -> dict[str, Any]:
-    probe = method_of("probe", ref)
-    ctx = bench.context(subject.shelf, forks=True).child(f"probe-{ref.label}")
-    try:
-        lacks = sorted(set(known("probe", ref).card.needs) - subject.gives)
-        if lacks:
-            raise NotApplicable(f"needs {', '.join(lacks)}, which this network no longer has")
-        readings = probe.measure(subject, ctx)
-    except NotApplicable as reason:
-        return {"readings": {}, "notes": [f"not applicable: {reason}"], "figures": {}}
-    return {
-        "readings": {n: asdict(r) for n, r in readings.items()},
-        "notes": list(readings.notes),
-        "figures": dict(readings.figures),
-    }
-
-
-def save_result(recipe: Recipe, variant: str, seed: int, blob: bytes, folder: Path) -> dict[str, Any]:
-    """Write the network, how it came about, and its artefacts; returns names and notes."""
-    from cupel.core.store import save_model
-    from cupel.runner.artefacts import save_artefacts
-    from cupel.runner.bench import thawed
-
-    subject = thawed(_bare(_bench(recipe, variant, seed, "cpu", [])), blob)
-    stem = f"{variant}-{seed}"
-    save_model(subject.model, folder / "models" / f"{stem}.safetensors")
-    spec = {
-        "workload": recipe.workload.plain(),
-        "seed": seed,
-        "steps": [s.plain() for s in recipe.variants[variant]],
-        "architecture": str(subject.model).splitlines(),
-    }
-    write_json(folder / "models" / f"{stem}.json", spec)
-    entries = subject.shelf.entries if subject.shelf else {}
-    return save_artefacts({k: e.value for k, e in entries.items()}, folder / "artefacts", stem)
-
-
-_KEPT: dict[str, Any] = {}
-
-
-def _bare(bench: Any) -> Any:
-    """Data and task of the bench's workload, built once in each process."""
-    from cupel.core.context import Context
-    from cupel.core.steps import build
-
-    key = repr(bench.workload)
-    if key not in _KEPT:
-        _KEPT.clear()
-        _KEPT[key] = build(bench.workload, Context())
-    return _KEPT[key]
-
-
-def _bench(recipe: Recipe, variant: str, seed: int, device: str, log: list[dict[str, Any]]) -> Any:
-    import torch
-
-    from cupel.runner.bench import Bench, given_of, step_of
-
-    steps = [step_of(s, method_of) for s in recipe.variants.get(variant, ())]
-    given = {name: given_of(g, method_of) for name, g in recipe.given.items()}
-    workload = method_of("workload", recipe.workload)
-    return Bench(workload, steps, seed, given, torch.device(device), lambda event: log.append(dict(event)))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-class _Here(Executor):
-    """Runs a job at once, in this process."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    failures: list[str] = field(default_factory=list)
+    defects: int = 0
 
 
 def run_jobs(
-    plan: Plan, *, device: str, jobs: int, folder: Path | None, tell: Callable[[str, int, int], None] | None = None
-) -> dict[tuple[str, int], Outcome]:
-    """Do all nodes and measurements of a plan."""
-    pool: Executor = _Here() if jobs <= 1 else ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    plan: Plan, *, device: str, jobs: int, on: str, keeper: Keeper | None, tell: Tell | None = None
+) -> dict[Leaf, Outcome]:
+    """Do all nodes and measurements of a plan, but for those that the keeper holds from before."""
+    pool: Executor = OnRay() if on == "ray" else Here() if jobs <= 1 else Workers(jobs)
     try:
-        return _Run(plan, device, folder, tell, pool).go()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        outcomes = _Run(plan, device, keeper, tell, pool).go()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+    return outcomes
 
 
 class _Run:
     """Hands jobs to an executor as soon as what they wait for is done."""
 
-    def __init__(
-        self, plan: Plan, device: str, folder: Path | None, tell: Callable[[str, int, int], None] | None, pool: Executor
-    ) -> None:
-        self.plan, self.device, self.folder, self.pool = plan, device, folder, pool
+    def __init__(self, plan: Plan, device: str, keeper: Keeper | None, tell: Tell | None, pool: Executor) -> None:
+        self.plan, self.device, self.keeper, self.pool = plan, device, keeper, pool
         self.tell = tell or (lambda what, done, total: None)
         self.made: dict[str, Made] = {}
         refs = plan.recipe.probes
@@ -192,87 +60,170 @@ class _Run:
         self.calm = tuple(r for r in refs if r.label not in timed)
         self.timed = tuple(r for r in refs if r.label in timed)
         self.outcomes = {leaf: Outcome(*leaf) for leaf in plan.leaves}
-        self.waiting: dict[Future[Any], tuple[str, Any]] = {}
+        self.waiting: dict[Future[Any], tuple[Any, tuple[Ref, ...]]] = {}
         self.total = len(plan.nodes) + len(plan.leaves) * (1 + bool(self.timed))
         self.done = 0
 
-    def go(self) -> dict[tuple[str, int], Outcome]:
+    def go(self) -> dict[Leaf, Outcome]:
         for node in self.plan.nodes.values():
             if not node.parent:
                 self._start(node)
-        while self.waiting:
-            ready, _ = wait(self.waiting, return_when=FIRST_COMPLETED)
-            for future in ready:
-                kind, what = self.waiting.pop(future)
-                self._finished(kind, what, future.result())
+        self._drain()
         for leaf in self.plan.leaves if self.timed else ():  # alone on the machine, one after another
-            if not self.outcomes[leaf].failure:
-                found = self.pool.submit(
-                    do_probes, self.plan.recipe, *leaf, self._blob(leaf), self.device, self.timed
-                ).result()
-                self.outcomes[leaf].probes |= found
+            if self.plan.leaves[leaf] in self.made and self.made[self.plan.leaves[leaf]].blob:
+                self._measure(leaf, self.timed)
+                self._drain()
             self._count(f"{leaf[0]}, seed {leaf[1]}: timed")
         self._write_log()
         return self.outcomes
 
-    def _blob(self, leaf: tuple[str, int]) -> bytes:
-        return self.made[self.plan.leaves[leaf]].blob
+    def _drain(self) -> None:
+        while self.waiting:
+            ready, _ = wait(self.waiting, return_when=FIRST_COMPLETED)
+            for future in ready:
+                what, refs = self.waiting.pop(future)
+                if isinstance(what, Node):
+                    self._node_ended(what, self._result(future, what.name))
+                else:
+                    self._probes_ended(what, refs, future)
+
+    def _result(self, future: Future[Any], name: str) -> Made:
+        try:
+            made: Made = future.result()
+        except WorkerDied as error:
+            return Made(b"", [], f"{name}: {error}")
+        return made
 
     def _start(self, node: Node) -> None:
+        found = self._kept(node)
+        if found is not None:
+            self._node_ended(node, found)
+            return
         parent = self.made[node.parent].blob if node.parent else b""
-        future = self.pool.submit(do_node, self.plan.recipe, node, parent, self.device)
-        self.waiting[future] = ("node", node)
+        keep = self.keeper is not None and node.step is not None
+        future = self.pool.submit(do_node, self.plan.recipe, node, parent, self.device, keep)
+        self.waiting[future] = (node, ())
 
-    def _finished(self, kind: str, what: Any, result: Any) -> None:
-        if kind == "probes":
-            self.outcomes[what].probes |= result
-            self._count(f"{what[0]}, seed {what[1]}: measured")
+    def _kept(self, node: Node) -> Made | None:
+        if self.keeper is None or not self.keeper.resumed or node.step is None:
+            return None
+        from cupel.runner.bench import frozen
+
+        found = self.keeper.kept_node(node.key, self.plan.recipe.packages())
+        return Made(frozen(found[0]), found[1]) if found else None
+
+    def _node_ended(self, node: Node, made: Made) -> None:
+        self.made[node.key] = made
+        if made.plain and self.keeper is not None:
+            self.keeper.keep_node(node.key, made.plain)
+            self.made[node.key] = made = Made(made.blob, made.curve)
+        self._count(f"{'/'.join(node.variants) or 'start'}, seed {node.seed}: {node.name}")
+        if made.failure:
+            self._fail(node, made)
             return
-        self.made[what.key] = result
-        self._count(f"{'/'.join(what.variants) or 'start'}, seed {what.seed}: {what.name}")
-        if result.failure:
-            self._fail(what.key, result.failure)
-            return
-        for node in self.plan.nodes.values():
-            if node.parent == what.key:
-                self._start(node)
+        for below in self.plan.nodes.values():
+            if below.parent == node.key:
+                self._start(below)
         for leaf, key in self.plan.leaves.items():
-            if key == what.key:
+            if key == node.key:
                 self._settle(leaf)
 
-    def _settle(self, leaf: tuple[str, int]) -> None:
+    def _settle(self, leaf: Leaf) -> None:
         """A variant is trained: keep it, and measure it."""
         outcome, key = self.outcomes[leaf], self.plan.leaves[leaf]
+        blob = self.made[key].blob
         while key:
             node = self.plan.nodes[key]
-            outcome.curve = [
-                {**e, "step": node.name} for e in self.made[key].curve if e.get("kind") == "epoch"
-            ] + outcome.curve
+            epochs = [{**e, "step": node.name} for e in self.made[key].curve if e.get("kind") == "epoch"]
+            outcome.curve = epochs + outcome.curve
             key = node.parent
-        if self.folder is not None:
-            saved = save_result(self.plan.recipe, *leaf, self._blob(leaf), self.folder)
+        if self.keeper is not None:
+            saved = save_result(self.plan.recipe, *leaf, blob, self.keeper.folder)
             outcome.artefacts, outcome.notes = saved["artefacts"], saved["notes"]
-        future = self.pool.submit(do_probes, self.plan.recipe, *leaf, self._blob(leaf), self.device, self.calm)
-        self.waiting[future] = ("probes", leaf)
+        self._measure(leaf, self.calm)
 
-    def _fail(self, key: str, why: str) -> None:
-        below = {key}
+    def _measure(self, leaf: Leaf, refs: tuple[Ref, ...]) -> None:
+        kept = {r.label: self.keeper.kept_probe(_probe_file(leaf, r)) if self.keeper else None for r in refs}
+        before = {label: found for label, found in kept.items() if found is not None}
+        self._found(leaf, before)
+        left = tuple(r for r in refs if r.label not in before)
+        if not left:
+            self._count(f"{leaf[0]}, seed {leaf[1]}: measured before")
+            return
+        blob = self.made[self.plan.leaves[leaf]].blob
+        self.waiting[self.pool.submit(do_probes, self.plan.recipe, *leaf, blob, self.device, left)] = (leaf, left)
+
+    def _probes_ended(self, leaf: Leaf, refs: tuple[Ref, ...], future: Future[Any]) -> None:
+        try:
+            found: dict[str, dict[str, Any]] = future.result()
+        except WorkerDied as error:
+            if len(refs) > 1:  # one of them did it: each by itself, so that only that one is lost
+                blob = self.made[self.plan.leaves[leaf]].blob
+                for ref in refs:
+                    again = self.pool.submit(do_probes, self.plan.recipe, *leaf, blob, self.device, (ref,))
+                    self.waiting[again] = (leaf, (ref,))
+                self.total += len(refs) - 1
+                return
+            failure = f"probe {refs[0].label}: {error}"
+            found = {
+                refs[0].label: {"readings": {}, "notes": [f"failed: {failure}"], "figures": {}, "failure": failure}
+            }
+        if self.keeper is not None:
+            by_label = {r.label: r for r in refs}
+            for label, cell in found.items():
+                if "failure" not in cell:
+                    self.keeper.keep_probe(_probe_file(leaf, by_label[label]), cell)
+        self._found(leaf, found)
+        self._count(f"{leaf[0]}, seed {leaf[1]}: measured")
+
+    def _found(self, leaf: Leaf, cells: dict[str, dict[str, Any]]) -> None:
+        outcome = self.outcomes[leaf]
+        for label, cell in cells.items():
+            outcome.probes[label] = {"seconds": 0.0, "forks": 0} | cell
+            if "failure" in cell:
+                name = f"{leaf[0]}-{leaf[1]}-{label}"
+                self._note_failure([leaf], cell["failure"], cell.get("trace", ""), name)
+
+    def _note_failure(self, leaves: list[Leaf], why: str, trace: str, name: str) -> None:
+        if trace and self.keeper is None:
+            raise CupelDefect(why, trace)
+        where = f" (traceback: {self.keeper.failure(name, trace)})" if trace and self.keeper else ""
+        for leaf in leaves:
+            self.outcomes[leaf].failures.append(f"seed {leaf[1]}: {why}{where}")
+            self.outcomes[leaf].defects += bool(trace)
+
+    def _fail(self, failed: Node, made: Made) -> None:
+        below = {failed.key}
         for node in self.plan.nodes.values():  # parents come before children
             if node.parent in below:
                 below.add(node.key)
-        for leaf, end in self.plan.leaves.items():
-            if end in below:
-                self.outcomes[leaf].failure = f"seed {leaf[1]}: {why}"
-        lost = sum(k in below for k in self.plan.nodes) - 1 + sum(k in below for k in self.plan.leaves.values())
-        for _ in range(lost):
+        leaves = [leaf for leaf, end in self.plan.leaves.items() if end in below]
+        self._note_failure(leaves, made.failure, made.trace, f"{leaves[0][0]}-{failed.seed}-{failed.name}")
+        for _ in range(len(below) - 1 + len(leaves)):
             self._count("skipped")
 
     def _count(self, what: str) -> None:
         self.done += 1
         self.tell(what, self.done, self.total)
+        if self.keeper is not None:
+            self.keeper.tell(what, self.done, self.total)
 
     def _write_log(self) -> None:
-        if self.folder is None:
+        if self.keeper is None:
             return
-        lines = [json.dumps({"node": k, **e}, sort_keys=True) for k, m in self.made.items() for e in m.curve]
-        (self.folder / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        order = [k for k in self.plan.nodes if k in self.made]  # not the order in which they happened to end
+        lines = [json.dumps({"node": k, **e}, sort_keys=True) for k in order for e in self.made[k].curve]
+        replace_file(self.keeper.folder / "log.jsonl", "\n".join(lines) + "\n")
+
+
+class CupelDefect(CupelError):
+    """A defect met in a run without a folder; the traceback of the job is in the message."""
+
+    exit_code = 3
+
+    def __init__(self, why: str, trace: str) -> None:
+        super().__init__(f"{why}\n{trace}")
+
+
+def _probe_file(leaf: Leaf, ref: Ref) -> str:
+    return f"{leaf[0]}-{leaf[1]}-{ref.label}"

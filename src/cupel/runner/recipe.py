@@ -16,6 +16,7 @@ from cupel.runner.tree import Tree, from_python, parse_file, put_at
 
 TOP = ("workload", "seeds", "given", "variants", "steps", "techniques", "probes", "gate")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_OWN = re.compile(r"'(?P<package>[A-Za-z_]\w*)[\w.]*:[A-Za-z_]\w*'")
 _RULE = re.compile(
     r"\s*(>=|<=|>|<)\s*(?:(?P<base>[A-Za-z_][\w-]*?)\s*(?:(?P<arith>\s[-+*/]\s|[*/+])\s*(?P<by>[\d.]+(?:[eE][-+]?\d+)?))?"
     r"|(?P<number>-?[\d.]+(?:[eE][-+]?\d+)?))\s*$"
@@ -90,6 +91,10 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
     given: Mapping[str, GivenSpec] = field(default_factory=dict)
     gate: tuple[GateRule, ...] = ()
+
+    def packages(self) -> frozenset[str]:
+        """Top-level packages of the user's own that this recipe names, as `package.module:name`."""
+        return frozenset(found["package"] for found in _OWN.finditer(repr(self.plain())))
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe, as it is written into the run folder."""

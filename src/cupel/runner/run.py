@@ -6,28 +6,29 @@ import datetime
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cupel.core.errors import RecipeError
 from cupel.core.scorecard import FORMAT, Reading, over_seeds, write_json
 from cupel.runner.gate import judge
-from cupel.runner.jobs import Outcome, run_jobs
+from cupel.runner.jobs import Leaf, Outcome, Tell, run_jobs
+from cupel.runner.keep import Keeper, kept
 from cupel.runner.plan import Plan, make_plan
 from cupel.runner.recipe import Recipe, recipe_of
 
-Tell = Callable[[str, int, int], None]  # (what finished, jobs done, jobs in all)
+ON = ("local", "ray")
 
 
 def run(
     recipe: Recipe | None = None,
     *,
     out: str | Path | None = None,
+    resume: bool = False,
     jobs: int = 1,
+    on: str = "local",
     device: str = "cpu",
     tell: Tell | None = None,
     **parts: Any,
@@ -38,7 +39,10 @@ def run(
         recipe: read with `read_recipe`; or give its parts as keywords: `workload=`, `variants=`,
             `probes=`, `seeds=`, `given=`, `gate=`. Methods may be objects.
         out: run folder; it must not exist or be empty. Without it nothing is written.
+        resume: continue an unfinished run in `out`, of the same recipe; what is finished there is not done
+            again, and the result is what it would have been.
         jobs: processes; 1 stays in this process.
+        on: `local`, or `ray`: the jobs go to the Ray cluster that this machine belongs to.
         device: `cpu`, `cuda` or `auto`.
         tell: called as jobs finish.
 
@@ -46,17 +50,26 @@ def run(
         The scorecard, as `scorecard.json` holds it.
 
     Raises:
-        CupelError: the recipe is wrong; nothing has been trained or written then.
+        CupelError: the recipe is wrong (nothing has been trained or written then), or the folder is.
     """
     chosen = recipe if recipe is not None else recipe_of(**parts)
     plan = make_plan(chosen)
-    folder = claim_folder(Path(out)) if out is not None else None
-    began = time.perf_counter()
-    outcomes = run_jobs(plan, device=_device(device), jobs=jobs, folder=folder, tell=tell)
-    card = assemble(plan, outcomes, time.perf_counter() - began, device)
-    if folder is not None:
-        write_run(folder, plan, card)
+    device = _device(device)
+    if on not in ON:
+        raise RecipeError(f"`on` must be local or ray; got {on!r}. Use --on local.")
+    if out is None:
+        return _carry_out(plan, device, jobs, on, None, tell)
+    with kept(Path(out), chosen.plain(), device, resume) as keeper:
+        card = _carry_out(plan, device, jobs, on, keeper, tell)
+        write_run(keeper.folder, card)
+        keeper.finish()
     return card
+
+
+def _carry_out(plan: Plan, device: str, jobs: int, on: str, keeper: Keeper | None, tell: Tell | None) -> dict[str, Any]:
+    began = time.perf_counter()
+    outcomes = run_jobs(plan, device=device, jobs=jobs, on=on, keeper=keeper, tell=tell)
+    return assemble(plan, outcomes, time.perf_counter() - began, device)
 
 
 def _device(name: str) -> str:
@@ -72,20 +85,7 @@ def _device(name: str) -> str:
     return "cuda" if there else "cpu"
 
 
-def claim_folder(folder: Path) -> Path:
-    """Make `folder` ours: two runs never share one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise RecipeError(f"the run folder must be new or empty; {folder} holds files. Give another --out.")
-        (folder / "models").mkdir()
-        (folder / "artefacts").mkdir()
-    except OSError as error:
-        raise RecipeError(f"the run folder must be writable; {folder}: {error.strerror}. Give another --out.") from None
-    return folder
-
-
-def assemble(plan: Plan, outcomes: Mapping[tuple[str, int], Outcome], seconds: float, device: str) -> dict[str, Any]:
+def assemble(plan: Plan, outcomes: Mapping[Leaf, Outcome], seconds: float, device: str) -> dict[str, Any]:
     """The scorecard of finished jobs."""
     variants: dict[str, Any] = {}
     for name in plan.recipe.variants:
@@ -95,7 +95,8 @@ def assemble(plan: Plan, outcomes: Mapping[tuple[str, int], Outcome], seconds: f
             "curves": {str(o.seed): o.curve for o in mine},
             "artefacts": sorted({name for o in mine for name in o.artefacts}),
             "notes": {str(o.seed): o.notes for o in mine if o.notes},
-            "failures": [o.failure for o in mine if o.failure],
+            "failures": list(dict.fromkeys(f for o in mine for f in o.failures)),
+            "defects": sum(o.defects for o in mine),
         }
     card = {
         "format": FORMAT,
@@ -161,23 +162,17 @@ def _claims(plan: Plan) -> dict[str, str]:
     return {name: record["verdict"] if record else "unmeasured" for name, record in found.items()}
 
 
-def write_run(folder: Path, plan: Plan, card: Mapping[str, Any]) -> None:
-    """Recipe, scorecard and page; the models are written by the jobs that made them."""
-    text = yaml.safe_dump(_listed(plan.recipe.plain()), sort_keys=False, allow_unicode=True)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    write_json(folder / "scorecard.json", card)
+def write_run(folder: Path, card: Mapping[str, Any]) -> None:
+    """Page and scorecard; recipe, models and artefacts are there already. The scorecard comes last."""
     from cupel.report.html import write_page
 
     write_page(card, folder / "scorecard.html")
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _listed(v) for k, v in value.items()}
-    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
+    write_json(folder / "scorecard.json", card)
 
 
 def exit_code(card: Mapping[str, Any]) -> int:
-    """0 when everything ran and the gate passes, else 1."""
+    """0 when everything ran and the gate passes, 3 when a failure was a defect of a method, else 1."""
+    if any(v.get("defects") for v in card["variants"].values()):
+        return 3
     failed = any(v["failures"] for v in card["variants"].values())
     return int(failed or any(not g["passed"] for g in card["gate"]))

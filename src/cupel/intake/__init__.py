@@ -1,0 +1,1 @@
+"""What users bring: their models and their data, read without running anything that a file contains."""

@@ -1,0 +1,1 @@
+"""The run folders in a browser."""
