@@ -24,7 +24,7 @@ def test_a_death_fails_one_job() -> None:
     killed, left = pool.submit(die, signal.SIGKILL), pool.submit(die, signal.SIGSEGV)
     more = [pool.submit(square, n) for n in range(4, 8)]
     assert [f.result(timeout=60) for f in good + more] == [n * n for n in range(8)]
-    with pytest.raises(WorkerDied, match="SIGKILL.*smaller --jobs"):
+    with pytest.raises(WorkerDied, match=r"SIGKILL.*smaller --jobs"):
         killed.result(timeout=60)
     with pytest.raises(WorkerDied, match="SIGSEGV"):
         left.result(timeout=60)
@@ -51,7 +51,7 @@ def test_jobs_that_are_too_big_together_run_one_after_another(tmp_path: Path) ->
     assert [job.result(timeout=60) for job in jobs] == [800, 800]
     begun = sum(len(p.read_text().split()) for p in tmp_path.iterdir())
     assert begun == 3  # one of them was stopped, and began again when the other was done
-    with pytest.raises(WorkerDied, match="must fit into 1.4 GiB"):
+    with pytest.raises(WorkerDied, match=r"must fit into 1\.4 GiB"):
         pool.submit(hold, 2500, 2.0, str(tmp_path / "big")).result(timeout=60)
     assert pool.submit(square, 2).result(timeout=60) == 4
     pool.shutdown()

@@ -20,6 +20,7 @@ import torch
 from cupel.core.errors import CupelError, RecipeError
 from cupel.runner.recipe import read_recipe
 from cupel.runner.run import run
+from cupel.testing.folders import content
 
 torch.set_num_threads(1)
 
@@ -36,26 +37,6 @@ variants:
 probes: [accuracy, calibration, {membership: {}}]
 gate: {lean: {accuracy: ">= 0.0"}}
 """
-
-
-def stripped(folder: Path) -> dict[str, Any]:
-    """Everything in a run folder but dates and durations."""
-
-    def without(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: without(v) for k, v in value.items() if k not in ("date", "seconds")}
-        return [without(v) for v in value] if isinstance(value, list) else value
-
-    found: dict[str, Any] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".html"):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".json":
-            found[name] = without(json.loads(path.read_text()))
-        elif path.suffix == ".jsonl":
-            found[name] = [without(json.loads(line)) for line in path.read_text().splitlines()]
-        else:
-            found[name] = path.read_bytes()
-    return found
 
 
 def recipe_in(folder: Path) -> Path:
@@ -89,7 +70,7 @@ def test_killed_at_twenty_random_moments_and_resumed(tmp_path: Path) -> None:
     began = time.perf_counter()
     run(read_recipe(recipe), out=tmp_path / "whole")
     whole = time.perf_counter() - began
-    wanted = stripped(tmp_path / "whole")
+    wanted = content(tmp_path / "whole")
     draw = random.Random(0)
     kills = rounds = 0
     while kills < 20:
@@ -109,7 +90,7 @@ def test_killed_at_twenty_random_moments_and_resumed(tmp_path: Path) -> None:
                 kills += 1
             finished = done != 0
         assert os.waitstatus_to_exitcode(status) == 0
-        assert stripped(out) == wanted
+        assert content(out) == wanted
         assert not (out / ".cupel").exists() and not list(out.rglob("*.part"))
 
 
@@ -223,7 +204,7 @@ def test_a_damaged_or_hostile_kept_file_is_done_again(tmp_path: Path) -> None:
         path.write_bytes([data[: len(data) // 2], b"", b"\x80\x04cos\nsystem\n"][i % 3])
     run(recipe, out=out, resume=True)
     run(recipe, out=tmp_path / "whole")
-    assert stripped(out) == stripped(tmp_path / "whole")
+    assert content(out) == content(tmp_path / "whole")
 
 
 def in_small_place(tmp_path: Path, limit: int) -> tuple[int, str]:
@@ -251,7 +232,7 @@ def test_no_room_for_a_file(tmp_path: Path) -> None:
     assert code == 2 and "must have room" in said and "cupel run --resume" in said
     run(read_recipe(tmp_path / "r.yaml"), out=tmp_path / "run", resume=True)
     run(read_recipe(tmp_path / "r.yaml"), out=tmp_path / "whole")
-    assert stripped(tmp_path / "run") == stripped(tmp_path / "whole")
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
@@ -261,12 +242,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
         pytest.skip("a small file system of its own needs the right to mount one")
     try:
         recipe = read_recipe(recipe_in(tmp_path))
-        with pytest.raises(CupelError, match="must have room; .*No space left"):
+        with pytest.raises(CupelError, match=r"must have room; .*No space left"):
             run(recipe, out=small / "run")
         subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
         run(recipe, out=small / "run", resume=True)
         run(recipe, out=tmp_path / "whole")
-        assert stripped(small / "run") == stripped(tmp_path / "whole")
+        assert content(small / "run") == content(tmp_path / "whole")
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -295,5 +276,5 @@ def test_a_clock_that_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run(recipe, out=tmp_path / "jumping")
     monkeypatch.undo()
     run(recipe, out=tmp_path / "whole")
-    assert stripped(tmp_path / "jumping") == stripped(tmp_path / "whole")
+    assert content(tmp_path / "jumping") == content(tmp_path / "whole")
     assert json.loads((tmp_path / "jumping" / "scorecard.json").read_text())["seconds"] >= 0

@@ -95,8 +95,8 @@ def _draw(value: Any, pen: _Pen, where: str) -> Any:
         return {kind: [[_draw(k, pen, where), _draw(v, pen, f"{where}[{k!r}]")] for k, v in value.items()]}
     if isinstance(value, list):
         return [_draw(v, pen, f"{where}[{i}]") for i, v in enumerate(value)]
-    for name, kind in _KINDS.items():
-        if type(value) is kind:
+    for name, cls in _KINDS.items():
+        if type(value) is cls:
             items = sorted(value, key=repr) if name in ("set", "frozenset") else value
             return {name: [_draw(v, pen, where) for v in items]}
     if isinstance(value, slice):
@@ -104,7 +104,7 @@ def _draw(value: Any, pen: _Pen, where: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         state = {f.name: _draw(getattr(value, f.name), pen, f"{where}.{f.name}") for f in dataclasses.fields(value)}
         return {"record": _class_name(type(value), where), "state": state}
-    if isinstance(value, torch.ScriptObject) and value._type().name() == "LinearPackedParamsBase":
+    if isinstance(value, torch.ScriptObject) and str(value._type()).endswith("LinearPackedParamsBase"):
         return {"packed_linear": [_draw(v, pen, where) for v in torch.ops.quantized.linear_unpack(value)]}
     if callable(value) and not isinstance(value, type):
         return {"function": name_of_function(value, where)}
@@ -143,7 +143,7 @@ def _draw_module(module: nn.Module, pen: _Pen, where: str) -> Any:
         rest = {k: v for k, v in own.items() if isinstance(v, Tensor)}
         return {"graph": steps, "training": module.training, "parts": parts, "tensors": _draw(rest, pen, where)}
     cls = type(module)
-    custom = cls.__getstate__ is not object.__getstate__
+    custom = cls.__getstate__ not in (object.__getstate__, nn.Module.__getstate__)
     state = module.__getstate__() if custom else dict(module.__dict__)
     if not custom:
         if any(state.get(k) for k in _HOOKS):
@@ -154,20 +154,12 @@ def _draw_module(module: nn.Module, pen: _Pen, where: str) -> Any:
 
 def _draw_node(node: fx.Node, pen: _Pen, where: str) -> Any:
     target = name_of_function(node.target, where) if node.op == "call_function" else str(node.target)
-    args = fx.node.map_arg((node.args, node.kwargs), lambda n: _Link(n.name))
-    return [node.op, node.name, target, _draw(_plain_args(args), pen, where)]
-
-
-@dataclass(frozen=True)
-class _Link:
-    """An argument that is the result of an earlier node."""
-
-    name: str
+    return [node.op, node.name, target, _draw(_plain_args((node.args, dict(node.kwargs))), pen, where)]
 
 
 def _plain_args(value: Any) -> Any:
-    """Immutable lists and dicts of torch.fx as plain ones; links as one-entry mappings."""
-    if isinstance(value, _Link):
+    """Immutable lists and dicts of torch.fx as plain ones; results of earlier nodes as one-entry mappings."""
+    if isinstance(value, fx.Node):
         return {"\0link": value.name}
     if isinstance(value, Mapping):
         return {k: _plain_args(v) for k, v in value.items()}
@@ -188,15 +180,14 @@ def _build(plain: Any, hand: _Hand) -> Any:
         return [_build(v, hand) for v in plain]
     if not isinstance(plain, dict):
         return plain
-    kind = next(iter(plain))
+    kind = next(iter(plain), "")
     body = plain[kind]
     if kind == "same":
         return hand.made[body]
     if kind == "tensor":
         return hand.made.setdefault(body, _build_tensor(plain, hand))
     if kind == "module":
-        module = _build_module(body, hand, plain["as"])
-        return module
+        return _build_module(body, hand, plain["as"])
     if kind in ("dict", "ordered"):
         pairs = [(_build(k, hand), _build(v, hand)) for k, v in body]
         return dict(pairs) if kind == "dict" else OrderedDict(pairs)
@@ -205,7 +196,7 @@ def _build(plain: Any, hand: _Hand) -> Any:
     if kind == "slice":
         return slice(*(_build(v, hand) for v in body))
     if kind == "record":
-        record = object.__new__(_class(body, hand, dataclasses.is_dataclass))
+        record: Any = object.__new__(_class(body, hand, dataclasses.is_dataclass))
         for name, value in plain["state"].items():
             object.__setattr__(record, name, _build(value, hand))
         return record
@@ -261,7 +252,7 @@ def _build_module(body: Mapping[str, Any], hand: _Hand, number: int) -> nn.Modul
         hand.made[number] = made
         return made
     cls = _class(body["class"], hand, lambda c: issubclass(c, nn.Module))
-    module: nn.Module = cls.__new__(cls)
+    module: nn.Module = object.__new__(cls)
     hand.made[number] = module
     nn.Module.__init__(module)
     state = _build(body["state"], hand)
@@ -273,7 +264,7 @@ def _build_module(body: Mapping[str, Any], hand: _Hand, number: int) -> nn.Modul
 
 
 def _build_graph(steps: list[Any], hand: _Hand) -> fx.Graph:
-    graph, nodes = fx.Graph(), {}
+    graph, nodes = fx.Graph(), dict[str, fx.Node]()
 
     def linked(value: Any) -> Any:
         if isinstance(value, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from cupel.core.budget import Budget
 from cupel.runner.plan import Plan, known
 from cupel.runner.recipe import StepSpec
 
@@ -39,6 +40,8 @@ def describe(plan: Plan) -> dict[str, Any]:
 def _describe_step(step: StepSpec) -> dict[str, Any]:
     methods = [known("technique", ref) for ref in step.refs]
     told: dict[str, Any] = {"step": step.kind, "budget": dict(step.budget), "methods": []}
+    if step.kind == "fit":
+        told["devices"] = _devices(step)
     for m in methods:
         told["methods"].append(
             {
@@ -55,3 +58,13 @@ def _describe_step(step: StepSpec) -> dict[str, Any]:
         order.setdefault(use.slot, []).append(f"{use.phase}: {use.label}")
     told["slots"] = order
     return told
+
+
+def _devices(step: StepSpec) -> str:
+    """On what a fit runs, where it is not one device in full precision."""
+    budget = Budget(**{k: v for k, v in step.budget.items() if k in ("devices", "strategy", "precision")})
+    told = [] if budget.precision == "32-true" else [f"forwards in {budget.precision}, weights in float32"]
+    if budget.devices > 1:
+        told.insert(0, f"{budget.devices} devices share every batch ({budget.strategy})")
+        told.append("gradients and batch norm are those of the whole batch; dropout is drawn on each device")
+    return "; ".join(told)

@@ -10,9 +10,10 @@ from typing import Any
 
 from cupel.core.errors import CupelError
 from cupel.core.files import replace_file
+from cupel.runner.cluster import OnRay
 from cupel.runner.keep import Keeper
 from cupel.runner.plan import Node, Plan, known
-from cupel.runner.pool import Here, OnRay, WorkerDied, Workers
+from cupel.runner.pool import Here, WorkerDied, Workers
 from cupel.runner.recipe import Ref
 from cupel.runner.work import Made, do_node, do_probes, save_result
 
@@ -31,6 +32,7 @@ class Outcome:
     artefacts: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    incidents: list[str] = field(default_factory=list)
     defects: int = 0
 
 
@@ -82,10 +84,19 @@ class _Run:
             ready, _ = wait(self.waiting, return_when=FIRST_COMPLETED)
             for future in ready:
                 what, refs = self.waiting.pop(future)
+                if future in getattr(self.pool, "retried", ()):
+                    self._note_retry(what)
                 if isinstance(what, Node):
                     self._node_ended(what, self._result(future, what.name))
                 else:
                     self._probes_ended(what, refs, future)
+
+    def _note_retry(self, what: Node | Leaf) -> None:
+        node = what if isinstance(what, Node) else None
+        leaf = (node.variants[0], node.seed) if node and node.variants else what
+        for found in self.outcomes.values() if node and not node.variants else [self.outcomes[leaf]]:  # type: ignore[index]
+            job = node.name if node else "measuring"
+            found.incidents.append(f"seed {found.seed}: a worker died during {job}; it was done again")
 
     def _result(self, future: Future[Any], name: str) -> Made:
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -20,7 +20,7 @@ from cupel.core.errors import CupelError, MissingExtra, ParamError, PlanError, n
 from cupel.core.naming import step_names
 from cupel.core.params import ParamSpec, check_values, specs_of
 from cupel.core.protocols import FORMS, Card
-from cupel.core.slots import SlotUse, clashes
+from cupel.core.slots import SlotUse, clashes, refuse_sharing
 from cupel.runner.recipe import GateRule, GivenSpec, Recipe, Ref, StepSpec
 
 
@@ -155,6 +155,7 @@ def _check_steps(workload: Ref, steps: tuple[StepSpec, ...], shelf: frozenset[st
             )
             if faults:
                 raise PlanError(f"{step.where}: {faults[0]}" if step.where else faults[0])
+            _check_devices(step, [known("workload", workload), *methods])
             if "gradients" not in able:
                 raise PlanError(
                     f"{step.where}: a fit must come before a step that ends training; it comes after. Move it up."
@@ -172,11 +173,30 @@ def _check_steps(workload: Ref, steps: tuple[StepSpec, ...], shelf: frozenset[st
 
 
 def _check_budget(step: StepSpec) -> None:
+    at = f"{step.where}: " if step.where else ""
+    if step.budget.get("strategy") == "fsdp":
+        raise PlanError(
+            f"{at}strategy of fit must be ddp; got 'fsdp', which cuts weights into flat pieces where masks, low bits "
+            "and factors need whole ones. Write `strategy: ddp`."
+        )
     try:
         check_values("fit", specs_of(Budget), step.budget)
     except ParamError as error:
         text = str(error).replace(" See `cupel show fit`.", " Correct it, or put techniques under `techniques:`.")
-        raise ParamError(f"{step.where}: {text}" if step.where else text) from None
+        raise ParamError(at + text) from None
+
+
+def _check_devices(step: StepSpec, methods: list[Known]) -> None:
+    devices = int(step.budget.get("devices", 1))
+    if devices == 1:
+        return
+    if importlib.util.find_spec("lightning_fabric") is None:
+        raise MissingExtra("lightning-fabric", "fabric")
+    for m in methods:
+        try:
+            refuse_sharing(devices, m.ref.label, m.card, m.slots)
+        except PlanError as error:
+            raise PlanError(f"{step.where}: {error}" if step.where else str(error)) from None
 
 
 def _check_place(m: Known, step: StepSpec, able: frozenset[str], shelf: frozenset[str], workload: Ref) -> None:

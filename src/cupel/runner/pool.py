@@ -1,7 +1,7 @@
-"""Where jobs run: in this process, in worker processes, or on a Ray cluster.
+"""Where jobs run on one machine: in this process, or in worker processes.
 
-All three are `concurrent.futures` executors. A worker process that dies takes only its own job with it,
-and workers together stay below a limit of memory.
+Both are `concurrent.futures` executors. A worker process that dies takes only its own job with it, and
+workers together stay below a limit of memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from cupel.core.errors import CupelError, MissingExtra
+from cupel.core.errors import CupelError
 
 WORKER_BYTES = 600 * 2**20  # what a worker holds before its job: Python and torch
 RESERVE = 0.1  # share of the memory that is left to everything else
@@ -200,64 +200,3 @@ def free_memory() -> int:
     if free:
         return max(0, min(free))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if sys.platform != "win32" else 8 * 2**30
-
-
-class OnRay(Executor):
-    """Sends jobs to a Ray cluster. A job whose worker is killed is tried once more, and `retried` names it.
-
-    Args:
-        address: of a running cluster; `auto` joins the one of this machine and starts one if there is none.
-    """
-
-    def __init__(self, address: str = "auto") -> None:
-        try:
-            import ray
-        except ImportError:
-            raise MissingExtra("ray", "ray") from None
-        self.retried: list[Future[Any]] = []
-        self._ray, self._mine = ray, not ray.is_initialized()
-        self._joined = threading.Lock()
-        if self._mine:
-            self._join(address)
-        self._do = ray.remote(_with_paths).options(max_retries=0, num_cpus=1)
-
-    def _join(self, address: str) -> None:
-        quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-        if address != "auto" or os.environ.get("RAY_ADDRESS"):
-            quiet.pop("include_dashboard")
-            self._ray.init(address=address, **quiet)
-            return
-        try:
-            self._ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-        except ConnectionError:
-            self._ray.init(num_cpus=os.cpu_count(), **quiet)
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._send(future, fn, args, again=True)
-        return future
-
-    def _send(self, future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], again: bool) -> None:
-        def ended(done: Future[Any]) -> None:
-            error = done.exception()
-            if error is None:
-                future.set_result(done.result())
-            elif isinstance(error, self._ray.exceptions.RayTaskError):
-                future.set_exception(error.cause)
-            elif again:
-                self.retried.append(future)
-                self._send(future, fn, args, again=False)
-            else:
-                future.set_exception(WorkerDied(f"the Ray worker of this job died twice: {str(error).splitlines()[0]}"))
-
-        self._do.remote(sys.path, fn, args).future().add_done_callback(ended)
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        if self._mine:
-            self._ray.shutdown()
-
-
-def _with_paths(paths: list[str], fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """The job, with the caller's import paths behind the worker's own."""
-    sys.path += [p for p in paths if p not in sys.path]
-    return fn(*args)

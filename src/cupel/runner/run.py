@@ -97,6 +97,7 @@ def assemble(plan: Plan, outcomes: Mapping[Leaf, Outcome], seconds: float, devic
             "notes": {str(o.seed): o.notes for o in mine if o.notes},
             "failures": list(dict.fromkeys(f for o in mine for f in o.failures)),
             "defects": sum(o.defects for o in mine),
+            "incidents": [i for o in mine for i in o.incidents],
         }
     card = {
         "format": FORMAT,
