@@ -82,7 +82,7 @@ def test_what_cannot_be_used_says_why(archive, name):
 def test_a_rare_class_cannot_be_resplit_and_pickles_are_never_opened(archive):
     with pytest.raises(ParamError, match="6 series or more"):
         ucr("Rare", resplit=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(MissingData, match="without pickles"):
         ucr("Pickled")
 
 
