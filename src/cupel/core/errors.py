@@ -45,6 +45,10 @@ class MissingData(CupelError):
     """A data set is not on this machine."""
 
 
+class DataError(CupelError):
+    """Data that a user pointed at cannot be read, or is not what it must be."""
+
+
 class NotApplicable(CupelError):
     """A probe cannot measure this subject; the scorecard shows the reason in place of a number."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ from cupel.runner.tree import Tree, from_python, parse_file, put_at
 TOP = ("workload", "seeds", "given", "variants", "steps", "techniques", "probes", "gate")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _OWN = re.compile(r"'(?P<package>[A-Za-z_]\w*)[\w.]*:[A-Za-z_]\w*'")
+_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _RULE = re.compile(
-    r"\s*(>=|<=|>|<)\s*(?:(?P<base>[A-Za-z_][\w-]*?)\s*(?:(?P<arith>\s[-+*/]\s|[*/+])\s*(?P<by>[\d.]+(?:[eE][-+]?\d+)?))?"
-    r"|(?P<number>-?[\d.]+(?:[eE][-+]?\d+)?))\s*$"
+    rf"\s*(>=|<=|>|<)\s*(?:(?P<base>[A-Za-z_][\w-]*?)\s*(?:(?P<arith>\s[-+*/]\s|[*/+])\s*(?P<by>{_NUMBER}))?"
+    rf"|(?P<number>-?{_NUMBER}))\s*$"
 )
 
 
@@ -118,13 +120,17 @@ def read_recipe(path: Path, changes: tuple[str, ...] = (), _open: tuple[Path, ..
     Raises:
         RecipeError: with file, line, what is wrong, and what to do.
     """
-    if path.resolve() in _open:
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError, ValueError):  # a circle of links, or a zero byte: reading it says so
+        place = path
+    if place in _open:
         chain = " -> ".join(p.name for p in (*_open, path))
         raise RecipeError(f"`given` must not lead back to its own recipe; got {chain}. Break the circle.")
     tree = parse_file(path)
     for change in changes:
         put_at(tree, change)
-    return _recipe(tree, (*_open, path.resolve()))
+    return _recipe(tree, (*_open, place))
 
 
 def recipe_of(**parts: Any) -> Recipe:
@@ -229,12 +235,14 @@ def _ref(tree: Tree, what: str) -> Ref:
         rest = {k: t for k, t in value.items() if k != "as"}
         if len(rest) == 1:
             name, body = next(iter(rest.items()))
-            params = {k: t.plain() for k, t in body.mapping(f"the parameters of {name}").items()} if body.value else {}
-            if body.value and not isinstance(body.value, dict):
+            if body.value is not None and not isinstance(body.value, dict):  # `pdp: false` does not mean `pdp`
                 raise body.error(
                     f"the parameters of {name} must be a mapping; got {body.told()}. Write `{{key: value}}`."
                 )
-            return Ref(name, params, _name(str(label.value), label) if label else name, tree.where)
+            params = {k: t.plain() for k, t in body.value.items()} if body.value else {}
+            if label and not isinstance(label.value, str):
+                raise label.error(f"`as` must be a name; got {label.told()}. Write `as: other-name`.")
+            return Ref(name, params, _name(label.value, label) if label else name, tree.where)
     raise tree.error(f"{what} must be a name or `{{name: {{parameter: value}}}}`; got {tree.told()}. Name one method.")
 
 
@@ -294,12 +302,15 @@ def _rule(variant: str, reading: str, clause: Tree, variants: Mapping[str, Any])
     match = _RULE.match(text)
     base = match["base"] if match else None
     if match is None or (base and base not in variants):
-        what = f"got {text!r}.{nearest(base, variants) if base else ''}"
+        what = f"got {text!r:.60}.{nearest(base, variants) if base else ''}"
         raise clause.error(
             f"a gate of {reading} must compare with a number or a variant; {what} "
             'Write ">= 0.9", ">= plain - 0.02" or "<= plain / 4".'
         )
     number = float(match["number"] if match["number"] is not None else match["by"] or 0.0)
-    return GateRule(
-        variant, reading, text.strip(), match[1], number, base or "", (match["arith"] or "").strip(), clause.where
-    )
+    arith = (match["arith"] or "").strip()
+    if not math.isfinite(number) or (arith == "/" and number == 0):
+        raise clause.error(
+            f"a gate of {reading} must have a limit; got {text!r:.60}. Write a finite number that is not / 0."
+        )
+    return GateRule(variant, reading, text.strip(), match[1], number, base or "", arith, clause.where)

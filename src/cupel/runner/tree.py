@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,23 +75,24 @@ def parse_file(path: Path) -> Tree:
     if path.is_dir():
         raise RecipeError(f"{path}: a recipe must be a YAML file; got a directory. Name a file in it.")
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise RecipeError(
-                f"{path}: a recipe must be under {MAX_BYTES:,} bytes; got {size:,}. Is this the right file?"
-            )
-        text = path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)  # bounded: a device has no end
+        if len(raw) > MAX_BYTES:
+            raise RecipeError(f"{path}: a recipe must be under {MAX_BYTES:,} bytes; got more. Is this the right file?")
+        text = raw.decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(
             f"{path}: a recipe must exist; there is no such file.{_siblings(path)} Check the path."
         ) from None
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = raw[: error.start].count(b"\n") + 1
         raise RecipeError(
             f"{path}:{line}: a recipe must be UTF-8 text; byte {error.start} is not. Save it as UTF-8."
         ) from None
     except OSError as error:
         raise RecipeError(f"{path}: a recipe must be readable; {error.strerror}. Check its permissions.") from None
+    except ValueError:
+        raise RecipeError(f"{str(path)!r:.80}: a recipe must have a path without zero bytes. Check the path.") from None
     return parse_text(text, str(path))
 
 
@@ -102,8 +104,8 @@ def _siblings(path: Path) -> str:
 
 
 def parse_text(text: str, name: str) -> Tree:
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)  # refuses control characters at once
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -145,7 +147,7 @@ class _Reader:
             return Tree([self.read(child, above) for child in node.value], where)
         try:
             value = self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, LookupError):  # LookupError: `!!int ''`, `!!bool maybe`
             raise RecipeError(
                 f"{where}: a value must be readable; got {node.value!r:.40}. Write a plain value."
             ) from None
@@ -171,16 +173,18 @@ class _Reader:
         return found
 
 
-def from_python(value: Any, depth: int = 0) -> Tree:
+def from_python(value: Any, depth: int = 0, count: Iterator[int] | None = None) -> Tree:
     """A tree of Python values; methods given as objects stay objects."""
-    if depth > MAX_DEPTH:
+    count = count or itertools.count(1)
+    if depth > MAX_DEPTH or next(count) > MAX_NODES:
         raise RecipeError(
-            f"a recipe must stay under {MAX_DEPTH} levels; this one does not. Does a value contain itself?"
+            f"a recipe must stay under {MAX_NODES:,} values and {MAX_DEPTH} levels; this one does not. "
+            "Does a value contain itself?"
         )
     if isinstance(value, Mapping):
-        return Tree({str(k): from_python(v, depth + 1) for k, v in value.items()})
+        return Tree({str(k): from_python(v, depth + 1, count) for k, v in value.items()})
     if isinstance(value, (list, tuple)) and not dataclasses.is_dataclass(value):
-        return Tree([from_python(v, depth + 1) for v in value])
+        return Tree([from_python(v, depth + 1, count) for v in value])
     return Tree(value)
 
 
@@ -193,7 +197,7 @@ def put_at(tree: Tree, change: str) -> None:
     for i, step in enumerate(steps):
         last = i == len(steps) - 1
         if isinstance(here.value, list):
-            if not step.isdigit() or int(step) >= len(here.value):
+            if not (step.isascii() and step.isdigit()) or int(step) >= len(here.value):
                 raise RecipeError(f"--set {change}: {step!r} must be a position below {len(here.value)}. Count from 0.")
             if last:
                 here.value[int(step)] = parse_text(text, "--set")
@@ -203,7 +207,8 @@ def put_at(tree: Tree, change: str) -> None:
         if isinstance(here.value, str) and here.value == step:
             here.value = {step: Tree({})}  # a bare name gains parameters
         if not isinstance(here.value, dict):
-            raise RecipeError(f"--set {change}: nothing lies under {'.'.join(steps[:i])!r}. Check the path.")
+            above = ".".join(steps[:i])
+            raise RecipeError(f"--set {change}: {above!r} must hold keys; nothing lies under it. Check the path.")
         if last:
             here.value[step] = parse_text(text, "--set")
             return
