@@ -22,7 +22,8 @@ def scorecard(card: Mapping[str, Any], every: bool = False) -> Group:
     parts: list[Any] = []
     for start in range(0, len(names), AT_ONCE):
         parts.append(_table(card, names[start : start + AT_ONCE], every))
-    parts.append(Text("* best of its row   ! worse than " + card["baseline"] + " beyond the interval", style="dim"))
+    if len(names) > 1:
+        parts.append(Text("* best of its row   ! worse than " + card["baseline"] + " beyond the interval", style="dim"))
     parts += _remarks(card, every)
     parts += [verdict(v) for v in card["gate"]]
     return Group(*parts)
@@ -62,11 +63,17 @@ def _remarks(card: Mapping[str, Any], every: bool) -> list[Text]:
         for name in variants_of(card)
         for failure in card["variants"][name]["failures"]
     ]
+    said += [Text(f"{name}: {what}", style="yellow") for name in variants_of(card) for what in _incidents(card, name)]
     urgent = ("not applicable", "masking", "masked")
     for probe, names, note in remarks_of(card):
         if every or any(word in note for word in urgent):
             said.append(Text(f"{probe} ({names}): {note}", style="yellow"))
     return said
+
+
+def _incidents(card: Mapping[str, Any], name: str) -> list[str]:
+    found: list[str] = card["variants"][name].get("incidents", [])
+    return found
 
 
 def verdict(rule: Mapping[str, Any]) -> Text:

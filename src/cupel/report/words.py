@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from cupel.core.scorecard import difference
 
 _STEPS = ("", "k", "M", "G", "T")
+_WHOLE = {
+    "params": "parameters", "brier": "Brier score", "nll": "negative log likelihood", "fgsm": "accuracy under FGSM",
+    "pgd": "accuracy under PGD", "apgd": "accuracy under APGD", "square": "accuracy under the square attack",
+    "cw l2 median": "median distance that fools (Carlini-Wagner, L2)", "macs": "multiply-adds",
+    "masking signs": "signs of masked gradients", "kind": "kind of layer", "lr": "learning rate",
+    "confusion": "confusion matrix", "reliability": "reliability diagram", "roc": "ROC curve",
+    "severity": "accuracy under damage", "adversarial": "adversarial examples", "attributions": "attribution maps",
+}  # fmt: skip
+_PARTS = (
+    (r"\blatency (\d+)\b", r"latency, batch of \1"),
+    (r" p(\d+)\b", r", \1th percentile"),
+    (r"\btpr at (\d+)fpr\b", r"true positives at \1% false positives"),
+    (r" 1 in 1e(\d)\b", lambda m: f", one bit in {10 ** int(m[1]):,} wrong"),
+    (r"\bnonzero params\b", "parameters that are not zero"),
+    (r"\bece\b", "expected calibration error"),
+    (r"\b(auc|roc|ndcg|fgsm|pgd|apgd|samia|l2|cw)\b", lambda m: m[1].upper()),
+    (r" (ms|bytes|joules)$", r" (\1)"),
+)
 
 
 def spoken(name: str) -> str:
     """`worst_class_accuracy` -> `worst class accuracy`."""
     return name.replace("_", " ")
+
+
+def label(name: str) -> str:
+    """A reading's or a figure's name in full words, its unit in brackets; for the page, where there is room.
+
+    >>> label("latency_1_p95_ms"), label("worst_class_accuracy"), label("size_bytes")
+    ('latency, batch of 1, 95th percentile (ms)', 'worst class accuracy', 'size (bytes)')
+    """
+    text = spoken(name)
+    if text in _WHOLE:
+        return _WHOLE[text]
+    for pattern, word in _PARTS:
+        text = re.sub(pattern, word, text)
+    return text
 
 
 def number(value: float | None, unit: str = "", digits: int = 3) -> str:
@@ -66,8 +99,7 @@ def rows_of(card: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Mapping[s
     """`(probe, reading, cells by variant)` in the order of the recipe."""
     found = []
     variants = card["variants"]
-    probes = list(next(iter(variants.values()))["probes"])
-    for probe in _recipe_order(card, probes):
+    for probe in probes_of(card):
         names: list[str] = []
         for content in variants.values():
             names += [n for n in content["probes"][probe]["readings"] if n not in names]
@@ -81,7 +113,9 @@ def rows_of(card: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Mapping[s
     return found
 
 
-def _recipe_order(card: Mapping[str, Any], probes: list[str]) -> list[str]:
+def probes_of(card: Mapping[str, Any]) -> list[str]:
+    """Names of the probes in the order of the recipe."""
+    probes = list(next(iter(card["variants"].values()))["probes"])
     told = [
         p if isinstance(p, str) else p.get("as") or next(k for k in p if k != "as") for p in card["recipe"]["probes"]
     ]
