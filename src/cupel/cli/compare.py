@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -25,7 +24,9 @@ def compare(
 
     if len(runs) < 2:
         raise RecipeError(f"compare must get two or more run folders; got {len(runs)}. Name another.")
-    rows = _rows([read_scorecard(r) for r in runs], [r.name or str(r) for r in runs])
+    from cupel.report.compare import differences
+
+    rows = differences([read_scorecard(r) for r in runs], [r.name or str(r) for r in runs])
     if json_:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -53,23 +54,3 @@ def compare(
             gap,
         )
     console().print(table)
-
-
-def _rows(cards: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    from cupel.core.scorecard import difference
-    from cupel.report.words import rows_of
-
-    first = {(v, p, r): c for p, r, cells in rows_of(cards[0]) for v, c in cells.items()}
-    found = []
-    for card, name in zip(cards[1:], names[1:], strict=True):
-        for probe, reading, cells in rows_of(card):
-            for variant, cell in cells.items():
-                base = first.get((variant, probe, reading))
-                usable = base is not None and base["value"] is not None and cell["value"] is not None
-                gap, low, high = difference(cell, base) if usable and base else (None, None, None)
-                found.append(
-                    {"variant": variant, "probe": probe, "reading": reading, "unit": cell["unit"], "run": name,
-                     "first": base["value"] if base else None, "value": cell["value"],
-                     "gap": gap, "low": low, "high": high}
-                )  # fmt: skip
-    return found
