@@ -6,10 +6,13 @@ DATA := $(wildcard ../shared/data)
 export CUPEL_DATA ?= $(if $(DATA),$(abspath $(DATA)),)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint claims bench docs clean
+.PHONY: demo extras test lint claims bench docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/cupel run
+
+# Everything optional: `cupel ui`, ONNX, tables, images, Ray, Lightning Fabric, tracking.
+extras: $(VENV)/ready-extras
 
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest -n 2
@@ -27,6 +30,7 @@ docs: $(VENV)/ready
 bench: $(VENV)/ready-bench
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/evasion.py
+	$(BIN)/python benchmarks/jobs.py
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cupel needs Python 3.11 or newer; '$(PYTHON)' is older. Run: make PYTHON=python3.11 ..."; exit 1; }
@@ -41,7 +45,11 @@ $(VENV)/ready: requirements.lock pyproject.toml | $(VENV)/bin/pip
 	@$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $@
 
-$(VENV)/ready-test: $(VENV)/ready requirements-test.lock
+$(VENV)/ready-extras: $(VENV)/ready requirements-extras.lock
+	@$(BIN)/pip install --quiet --no-deps -r requirements-extras.lock
+	@touch $@
+
+$(VENV)/ready-test: $(VENV)/ready-extras requirements-test.lock
 	@$(BIN)/pip install --quiet --no-deps -r requirements-test.lock
 	@touch $@
 

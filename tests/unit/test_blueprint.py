@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from cupel.core.blueprint import NotDrawable, built, drawn
+from cupel.storage.blueprint import NotDrawable, built, drawn
 from cupel.core.context import seeded
 from cupel.core.errors import CupelError
 from cupel.core.steps import ApplyStep, FitStep

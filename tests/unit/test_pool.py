@@ -13,7 +13,7 @@ import pytest
 from cupel.runner.pool import WORKER_BYTES, WorkerDied, Workers, free_memory
 from cupel.runner.recipe import recipe_of
 from cupel.runner.run import exit_code, run
-from cupel.testing.saboteurs import die, hold, square
+from cupel.testing.jobs import die, hold, square
 
 SMALL = {"digits-cnn": {"width": 4, "examples": 96}}
 
@@ -61,7 +61,7 @@ def test_a_probe_that_kills_its_worker_costs_itself_only(tmp_path: Path) -> None
     parts: dict[str, Any] = {
         "workload": SMALL,
         "variants": {"plain": [{"fit": {"epochs": 1}}], "none": [{"fit": {"epochs": 0}}]},
-        "probes": ["accuracy", "cupel.testing.saboteurs:Deadly", "calibration"],
+        "probes": ["accuracy", "cupel.testing.jobs:Deadly", "calibration"],
     }
     card = run(recipe_of(**parts), out=tmp_path / "run", jobs=2)
     for variant in card["variants"].values():
@@ -76,13 +76,13 @@ def test_a_defect_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     parts: dict[str, Any] = {
         "workload": SMALL,
         "variants": {"plain": [{"fit": {"epochs": 1}}]},
-        "probes": ["cupel.testing.saboteurs:Broken", "accuracy"],
+        "probes": ["cupel.testing.jobs:Broken", "accuracy"],
     }
     card = run(recipe_of(**parts), out=tmp_path / "run")
     assert card["variants"]["plain"]["probes"]["accuracy"]["readings"]
     assert "ZeroDivisionError" in card["variants"]["plain"]["failures"][0]
     trace = next((tmp_path / "run" / "failures").iterdir()).read_text()
-    assert "ZeroDivisionError" in trace and "saboteurs.py" in trace
+    assert "ZeroDivisionError" in trace and "jobs.py" in trace
     assert exit_code(card) == 3
     with pytest.raises(Exception, match="ZeroDivisionError"):
         run(recipe_of(**parts))

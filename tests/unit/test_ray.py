@@ -15,7 +15,7 @@ from cupel.runner.pool import WorkerDied
 from cupel.runner.recipe import recipe_of
 from cupel.runner.run import run
 from cupel.testing.folders import content
-from cupel.testing.saboteurs import die, square
+from cupel.testing.jobs import die, square
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 SMALL = {"digits-cnn": {"width": 4, "examples": 96}}
@@ -59,7 +59,7 @@ def test_same_scorecard_as_here(cluster: Any, tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_tried_once_more_and_reported(cluster: Any, tmp_path: Path) -> None:
-    deadly = {"cupel.testing.saboteurs:Deadly": {"once": str(tmp_path / "died")}}
+    deadly = {"cupel.testing.jobs:Deadly": {"once": str(tmp_path / "died")}}
     card = run(small(probes=[deadly]), out=tmp_path / "run", on="ray")
     assert not any(v["failures"] for v in card["variants"].values())
     told = [i for v in card["variants"].values() for i in v["incidents"]]

@@ -41,6 +41,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         for n, step in enumerate(steps, 1):
             budget = ", ".join(f"{k}={v}" for k, v in step["budget"].items())
             lines.append(f"  {n}. {step['step']}{' (' + budget + ')' if budget else ''}")
+            lines += [f"     {step['devices']}"] if step.get("devices") else []
             for method in step["methods"]:
                 params = ", ".join(f"{k}={v}" for k, v in method["parameters"].items())
                 flow = "".join(f"  {verb} {', '.join(method[verb])}" for verb in ("reads", "writes") if method[verb])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+from cupel.cli import bring
 from cupel.cli.guard import guarded
 
 
@@ -23,9 +24,10 @@ def run(
     jobs: int = typer.Option(0, help="Processes; 0 takes one for each core.", min=0),
     on: str = typer.Option("local", help="local, or ray: a Ray cluster does the jobs."),
     resume: Path = typer.Option(None, help="Continue the unfinished run in this folder.", show_default=False),
+    data_dir: Path = bring.DATA_DIR,
     every: bool = typer.Option(False, "--every", help="Show all readings, not only the first of each probe."),
     json_: bool = typer.Option(False, "--json", help="Print the scorecard as JSON."),
-    quiet: bool = typer.Option(False, "--quiet", help="Print the verdict only."),
+    quiet: bool = typer.Option(False, "--quiet", help="Print nothing but errors."),
 ) -> None:
     """Run a recipe and judge it. Exit 1 if the gate fails.
 
@@ -35,10 +37,10 @@ def run(
     import os
 
     from cupel.core.errors import RecipeError
-    from cupel.report.terminal import console, scorecard
     from cupel.runner.plan import make_plan
     from cupel.runner.recipe import read_recipe
 
+    bring.data_in(data_dir)
     if resume and (recipe or out or seed or set_):
         raise RecipeError("a run must be resumed as it began; got a recipe or changes too. Give --resume alone.")
     path = resume / "recipe.yaml" if resume else recipe or Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -46,26 +48,31 @@ def run(
     if seed:
         chosen = dataclasses.replace(chosen, seeds=tuple(dict.fromkeys(seed)))
     plan = make_plan(chosen)
-    folder = resume or out or _fresh(path.stem)
+    folder = resume or out or fresh(path.stem)
     for notice in plan.notices:
         typer.echo(f"note: {notice}", err=True)
     how = {"jobs": jobs or os.cpu_count() or 1, "on": on, "device": device, "resume": resume is not None}
     card = with_progress(chosen, folder, quiet or json_, how)
-    screen = console()
     if json_:
         typer.echo(json.dumps(card, indent=1, default=str))
     elif not quiet:
-        screen.print(scorecard(card, every))
-        screen.print(
-            f"page: {folder / 'scorecard.html'}   numbers: {folder / 'scorecard.json'}   {card['seconds']:.0f} s",
-            soft_wrap=True,
-        )
+        shown(card, folder, every)
     from cupel.runner.run import exit_code
 
     raise typer.Exit(exit_code(card))
 
 
-def _fresh(stem: str) -> Path:
+def shown(card: dict, folder: Path, every: bool) -> None:  # type: ignore[type-arg]
+    """Print the scorecard, and where it lies."""
+    from cupel.report.terminal import console, scorecard
+
+    screen = console()
+    screen.print(scorecard(card, every))
+    where = f"page: {folder / 'scorecard.html'}   numbers: {folder / 'scorecard.json'}   {card['seconds']:.0f} s"
+    screen.print(where, soft_wrap=True)
+
+
+def fresh(stem: str) -> Path:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder, n = Path("runs") / f"{stem}-{stamp}", 1
     while folder.exists():

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from cupel.core.context import Context, DataChange, ModelChange
-from cupel.core.errors import ContractError
+from cupel.core.errors import CupelError, NotApplicable
 from cupel.core.params import check
-from cupel.core.shelf import TEACHER, Entry, Key, Shelf
+from cupel.core.shelf import ORIGINAL, TEACHER, Entry, Key, Shelf
 from cupel.core.steps import ApplyStep, FitStep, Step, build, run_step, run_steps
 from cupel.core.types import Subject, TrainView, digest
 from cupel.runner.recipe import GivenSpec, Ref, StepSpec
@@ -92,8 +92,18 @@ class Bench:
         return run_step(subject, name, step, self.context(subject.shelf))
 
     def fork(self, data: DataChange | None, model: ModelChange | None, seed: int | None) -> Subject:
-        """Run all steps again with one change; equal changes are computed once."""
-        key = self._content(data, model, seed)
+        """Run all steps again with one change; equal changes are computed once.
+
+        Raises:
+            NotApplicable: the network arrived trained, so that running the steps again undoes nothing it has seen.
+        """
+        base = build(self.workload, self.context(Shelf(), seed))
+        if base.shelf is not None and ORIGINAL in base.shelf:
+            raise NotApplicable(
+                "the recipe must train the network from its first weights; this one arrived trained, and a fork would "
+                "still know what it saw. Measure it inside a recipe that trains it."
+            )
+        key = self._content(base, data, model, seed)
         if key not in self._forks:
             self.forks_made += 1
             subject = self.start(seed, data)
@@ -105,8 +115,7 @@ class Bench:
         found = self._forks[key]
         return found.with_model(copy.deepcopy(found.model))
 
-    def _content(self, data: DataChange | None, model: ModelChange | None, seed: int | None) -> str:
-        base = build(self.workload, self.context(Shelf(), seed))
+    def _content(self, base: Subject, data: DataChange | None, model: ModelChange | None, seed: int | None) -> str:
         view: TrainView = base.data.view() if data is None else data(base.data.view())
         net = base.model if model is None else model(base.model)
         state = [t for t in net.state_dict().values() if isinstance(t, torch.Tensor) and not t.is_quantized]
@@ -177,7 +186,7 @@ def frozen(parts: Parts) -> bytes:
     try:
         pickle.dump(parts, stream)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ContractError(
+        raise CupelError(
             f"a network must travel between processes; pickling it failed: {error}. "
             "Define its classes at module level, without closures."
         ) from None

@@ -5,35 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, field
 from typing import Any
 
-from cupel.core.errors import CupelError
 from cupel.core.files import replace_file
 from cupel.runner.cluster import OnRay
 from cupel.runner.keep import Keeper
+from cupel.runner.outcome import CupelDefect, Leaf, Outcome
 from cupel.runner.plan import Node, Plan, known
 from cupel.runner.pool import Here, WorkerDied, Workers
 from cupel.runner.recipe import Ref
 from cupel.runner.work import Made, do_node, do_probes, save_result
 
 Tell = Callable[[str, int, int], None]  # (what finished, jobs done, jobs in all)
-Leaf = tuple[str, int]  # variant, seed
-
-
-@dataclass
-class Outcome:
-    """What one variant and seed came to."""
-
-    variant: str
-    seed: int
-    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    artefacts: list[str] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    incidents: list[str] = field(default_factory=list)
-    defects: int = 0
 
 
 def run_jobs(
@@ -42,7 +25,7 @@ def run_jobs(
     """Do all nodes and measurements of a plan, but for those that the keeper holds from before."""
     pool: Executor = OnRay() if on == "ray" else Here() if jobs <= 1 else Workers(jobs)
     try:
-        outcomes = _Run(plan, device, keeper, tell, pool).go()
+        outcomes = _Run(plan, device, keeper, tell, pool, jobs).go()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
@@ -53,7 +36,9 @@ def run_jobs(
 class _Run:
     """Hands jobs to an executor as soon as what they wait for is done."""
 
-    def __init__(self, plan: Plan, device: str, keeper: Keeper | None, tell: Tell | None, pool: Executor) -> None:
+    def __init__(
+        self, plan: Plan, device: str, keeper: Keeper | None, tell: Tell | None, pool: Executor, jobs: int
+    ) -> None:
         self.plan, self.device, self.keeper, self.pool = plan, device, keeper, pool
         self.tell = tell or (lambda what, done, total: None)
         self.made: dict[str, Made] = {}
@@ -63,7 +48,9 @@ class _Run:
         self.timed = tuple(r for r in refs if r.label in timed)
         self.outcomes = {leaf: Outcome(*leaf) for leaf in plan.leaves}
         self.waiting: dict[Future[Any], tuple[Any, tuple[Ref, ...]]] = {}
-        self.total = len(plan.nodes) + len(plan.leaves) * (1 + bool(self.timed))
+        # Probes of one variant share its forwards in one job, but for idle workers they are dealt out.
+        self.shares = min(max(1, 2 * jobs // len(plan.leaves) if jobs > 1 else 1), len(self.calm)) or 1
+        self.total = len(plan.nodes) + len(plan.leaves) * (self.shares + bool(self.timed))
         self.done = 0
 
     def go(self) -> dict[Leaf, Outcome]:
@@ -145,13 +132,21 @@ class _Run:
         blob = self.made[key].blob
         while key:
             node = self.plan.nodes[key]
-            epochs = [{**e, "step": node.name} for e in self.made[key].curve if e.get("kind") == "epoch"]
-            outcome.curve = epochs + outcome.curve
+            events = self.made[key].curve
+            outcome.curve = [{**e, "step": node.name} for e in events if e.get("kind") == "epoch"] + outcome.curve
+            outcome.told = [e["text"] for e in events if e.get("kind") == "note"] + outcome.told
+            outcome.classes = next((e["names"] for e in events if e.get("kind") == "classes"), outcome.classes)
             key = node.parent
         if self.keeper is not None:
             saved = save_result(self.plan.recipe, *leaf, blob, self.keeper.folder)
             outcome.artefacts, outcome.notes = saved["artefacts"], saved["notes"]
-        self._measure(leaf, self.calm)
+        forking = [r for r in self.calm if self.plan.forks.get(r.label)]  # together: they share their forks
+        shares: list[list[Ref]] = [[] for _ in range(self.shares)]
+        for i, ref in enumerate(r for r in self.calm if r not in forking):
+            shares[i % self.shares].append(ref)
+        shares[-1] += forking
+        for share in shares:
+            self._measure(leaf, tuple(share))
 
     def _measure(self, leaf: Leaf, refs: tuple[Ref, ...]) -> None:
         kept = {r.label: self.keeper.kept_probe(_probe_file(leaf, r)) if self.keeper else None for r in refs}
@@ -210,7 +205,7 @@ class _Run:
                 below.add(node.key)
         leaves = [leaf for leaf, end in self.plan.leaves.items() if end in below]
         self._note_failure(leaves, made.failure, made.trace, f"{leaves[0][0]}-{failed.seed}-{failed.name}")
-        for _ in range(len(below) - 1 + len(leaves)):
+        for _ in range(len(below) - 1 + len(leaves) * self.shares):
             self._count("skipped")
 
     def _count(self, what: str) -> None:
@@ -225,15 +220,6 @@ class _Run:
         order = [k for k in self.plan.nodes if k in self.made]  # not the order in which they happened to end
         lines = [json.dumps({"node": k, **e}, sort_keys=True) for k in order for e in self.made[k].curve]
         replace_file(self.keeper.folder / "log.jsonl", "\n".join(lines) + "\n")
-
-
-class CupelDefect(CupelError):
-    """A defect met in a run without a folder; the traceback of the job is in the message."""
-
-    exit_code = 3
-
-    def __init__(self, why: str, trace: str) -> None:
-        super().__init__(f"{why}\n{trace}")
 
 
 def _probe_file(leaf: Leaf, ref: Ref) -> str:

@@ -1,7 +1,7 @@
 """A run folder while its run is under way: the lock, what is finished, and how far it is.
 
 Everything that a killed run would need again lies in `.cupel` inside the folder, and goes when the
-scorecard is written. Networks are kept as plain data (`core.blueprint`), never pickled; one that has no
+scorecard is written. Networks are kept as plain data (`storage.blueprint`), never pickled; one that has no
 plain form is made again on resuming, from the last step that has.
 """
 
@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ class Keeper:
 
     def kept_node(self, key: str, packages: frozenset[str]) -> tuple[Any, list[dict[str, Any]]] | None:
         """Network, shelf and log of a finished node, or None. A damaged file is absent: the work is done again."""
-        from cupel.core.blueprint import built
         from cupel.core.store import unpacked
+        from cupel.storage.blueprint import built
 
         path = self.hidden / "nodes" / f"{key}.safetensors"
         if not path.exists():
@@ -89,8 +90,8 @@ class Keeper:
 
 def plain_node(parts: object, curve: list[dict[str, Any]]) -> bytes:
     """A finished node as the bytes of a safetensors file; empty where a network has no plain form."""
-    from cupel.core.blueprint import drawn
     from cupel.core.store import packed
+    from cupel.storage.blueprint import drawn
 
     try:
         plain, tensors = drawn(parts)
@@ -167,12 +168,16 @@ def _check_resumable(folder: Path) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the system drops it when this process ends, however it ends."""
     with open(folder / HIDDEN / "lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(
-                f"a run folder must belong to one run; another process is at work in {folder}. Wait for it."
-            ) from None
+        for again in range(5, -1, -1):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if not again:
+                    raise RecipeError(
+                        f"a run folder must belong to one run; another process is at work in {folder}. Wait for it."
+                    ) from None
+                time.sleep(0.02)  # whoever looks whether a run is alive holds the lock for an instant
         yield
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from cupel.core.errors import RecipeError
 from cupel.core.scorecard import FORMAT, Reading, over_seeds, write_json
 from cupel.runner.gate import judge
-from cupel.runner.jobs import Leaf, Outcome, Tell, run_jobs
+from cupel.runner.jobs import Tell, run_jobs
 from cupel.runner.keep import Keeper, kept
+from cupel.runner.outcome import Leaf, Outcome
 from cupel.runner.plan import Plan, make_plan
 from cupel.runner.recipe import Recipe, recipe_of
 
@@ -105,6 +106,8 @@ def assemble(plan: Plan, outcomes: Mapping[Leaf, Outcome], seconds: float, devic
         "seeds": list(plan.recipe.seeds),
         "baseline": next(iter(plan.recipe.variants)),
         "variants": variants,
+        "classes": next((o.classes for o in outcomes.values() if o.classes), []),
+        "notes": list(dict.fromkeys(text for o in outcomes.values() for text in o.told)),
         "versions": _versions(),
         "machine": {
             "system": platform.platform(),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from cupel.core.errors import CupelError, NotApplicable
-from cupel.core.scorecard import write_json
 from cupel.runner.plan import Node, known, method_of
 from cupel.runner.recipe import Recipe, Ref
 
@@ -103,20 +102,14 @@ def _measure(ref: Ref, subject: Any, bench: Any) -> dict[str, Any]:
 
 def save_result(recipe: Recipe, variant: str, seed: int, blob: bytes, folder: Path) -> dict[str, Any]:
     """Write the network, how it came about, and its artefacts; returns names and notes."""
-    from cupel.core.store import save_model
     from cupel.runner.artefacts import save_artefacts
     from cupel.runner.bench import thawed
+    from cupel.storage.networks import save_network
 
     subject = thawed(_bare(_bench(recipe, variant, seed, "cpu", [])), blob)
     stem = f"{variant}-{seed}"
-    save_model(subject.model, folder / "models" / f"{stem}.safetensors")
-    spec = {
-        "workload": recipe.workload.plain(),
-        "seed": seed,
-        "steps": [s.plain() for s in recipe.variants[variant]],
-        "architecture": str(subject.model).splitlines(),
-    }
-    write_json(folder / "models" / f"{stem}.json", spec)
+    facts = {"workload": recipe.workload.plain(), "seed": seed, "steps": [s.plain() for s in recipe.variants[variant]]}
+    save_network(subject.model, folder / "models", stem, facts)
     entries = subject.shelf.entries if subject.shelf else {}
     return save_artefacts({k: e.value for k, e in entries.items()}, folder / "artefacts", stem)
 

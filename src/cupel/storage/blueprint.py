@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cupel.core.errors import CupelError
-from cupel.core.graphs import check_call, function_named, name_of_function
+from cupel.storage.graphs import check_call, function_named, name_of_function
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",

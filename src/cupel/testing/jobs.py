@@ -1,4 +1,4 @@
-"""Jobs and probes that misbehave on purpose: they crash, hoard memory, divide by zero."""
+"""Jobs and probes for tests: some work, others crash, hoard memory or divide by zero on purpose."""
 
 from __future__ import annotations
 
@@ -55,3 +55,11 @@ class Broken:
 
     def measure(self, subject: Subject, ctx: Context) -> Readings:
         return Readings.of(never=(1 / (len(subject.data.test) - len(subject.data.test)), "count", "higher"))
+
+
+def work(seconds: float) -> int:
+    """Keep one core busy for a while; returns how often it went round."""
+    end, turns = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        turns += 1
+    return turns

@@ -1,0 +1,1 @@
+"""What cupel writes and reads: networks as plain data, tensors in safetensors files. Nothing is pickled."""
