@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cupel.core.context import Context
 from cupel.core.fit import fit
+from cupel.core.spread import ALONE
 from cupel.core.tasks import Classification
 from cupel.core.types import Batch, Budget
 from cupel.techniques.privacy.ppb import PPB, pair_divergence
@@ -58,7 +59,7 @@ def test_the_hook_adds_weight_times_the_term() -> None:
     z, y = draws(7, 4), torch.arange(7) % 4
     batch, plain = Batch(z, y, y), F.cross_entropy(z, y)
     for weight in (0.0, 0.5, 4.0):
-        found = PPB(weight).hook(Context()).loss(plain, z, batch, None)  # type: ignore[attr-defined]
+        found = PPB(weight).hook(Context()).loss(plain, z, batch, ALONE)  # type: ignore[attr-defined]
         assert torch.allclose(found, plain + weight * slow(z.numpy()))
 
 

@@ -173,6 +173,16 @@ def header(told: dict[str, object], body: bytes = b"") -> bytes:
         header({"__metadata__": {"cupel": '{"format": "1", "forms": {"head.bias": {"mask": [1], "type": "x"}}}'}}),
         header({"__metadata__": {"cupel": '{"format": "1", "forms": {"head.bias": {"same": "head.bias"}}}'}}),
         header({"__metadata__": {"cupel": '{"format": "1", "forms": 7}'}}),
+        header(
+            {
+                "__metadata__": {
+                    "cupel": '{"format": "1", "forms": {"w": {"mask": [68719476736], "type": "float32"}}}'
+                },
+                "w::mask": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+                "w::held": {"dtype": "F32", "shape": [0], "data_offsets": [1, 1]},
+            },
+            b"\0",
+        ),
     ],
 )
 def test_lying_safetensors_are_refused(net: nn.Module, tmp_path: Path, data: bytes) -> None:

@@ -25,9 +25,7 @@ def test_networks_of_all_techniques(entry: catalogue.Entry, tmp_path: Path) -> N
     method = catalogue.make("technique", entry.name, dict(card.tiny))
     alone = "hook" not in entry.forms() and "data" not in entry.forms()
     steps = [ApplyStep(entry.name, method)] if alone and "update" not in entry.forms() else None
-    subject, _ = prepare(
-        DigitsCnn(width=4, examples=96), steps or [FitStep({"epochs": 1}, [(entry.name, method)])]
-    )
+    subject, _ = prepare(DigitsCnn(width=4, examples=96), steps or [FitStep({"epochs": 1}, [(entry.name, method)])])
     model = subject.model.eval()
     save_network(model, tmp_path, "m", {"seed": 0})
     again = load_network(tmp_path, "m")

@@ -21,9 +21,7 @@ LIMIT = typer.Option(0, help="Use at most so many examples, stratified.", show_d
 MEAN = typer.Option("", help="M or M1,M2,M3: normalisation of the network's training.", show_default=False)
 STD = typer.Option("", help="S or S1,S2,S3: of the same.", show_default=False)
 SEED = typer.Option(0, help="Of every draw.", min=0)
-DATA_DIR = typer.Option(
-    None, "--data-dir", help="Folder of data files, in place of CUPEL_DATA.", show_default=False
-)
+DATA_DIR = typer.Option(None, "--data-dir", help="Folder of data files, in place of CUPEL_DATA.", show_default=False)
 DEVICE = typer.Option("cpu", help="auto, cpu or cuda.")
 
 

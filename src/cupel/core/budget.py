@@ -18,3 +18,8 @@ class Budget:
     momentum: float = param(0.9, "of sgd", ge=0, lt=1)
     weight_decay: float = param(0.0, "L2 (sgd, adam) or decoupled (adamw)", ge=0)
     schedule: str = param("constant", "course of the learning rate", choices=("constant", "cosine", "linear"))
+    devices: int = param(1, "processes that share every batch, each on a device of its own", ge=1)
+    strategy: str = param("ddp", "how they share it: ddp keeps the whole network on each", choices=("ddp",))
+    precision: str = param(
+        "32-true", "of forwards; with bf16-mixed weights stay float32", choices=("32-true", "bf16-mixed")
+    )

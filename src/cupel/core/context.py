@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from cupel.core.errors import ContractError
+from cupel.core.errors import NotApplicable
 from cupel.core.shelf import Shelf
+from cupel.core.spread import ALONE, World
 from cupel.core.types import Bounds, Subject, Task, TrainView
 
 DataChange = Callable[[TrainView], TrainView]
@@ -66,6 +67,7 @@ class Context:
         train: the training data of the present step, for calibration in `model` and `seal`.
         task: of the present workload.
         bounds: the range its inputs live in; `None` if they have none.
+        world: the processes that share the present fit.
     """
 
     seed: int = 0
@@ -75,6 +77,7 @@ class Context:
     train: TrainView | None = None
     task: Task | None = None
     bounds: Bounds | None = None
+    world: World = ALONE
     forker: Forker | None = None
     report: Callable[[Mapping[str, object]], None] | None = None
 
@@ -101,7 +104,7 @@ class Context:
             seed: another run seed.
         """
         if self.forker is None:
-            raise ContractError(
+            raise NotApplicable(
                 "a fork must have a recipe to run again; this context has none. Measure inside `cupel.run`."
             )
         return self.forker(data, model, seed)

@@ -6,7 +6,8 @@ the forms it has. `Hook` is an empty marker.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -41,6 +42,7 @@ class Card:
         neutral: parameters that must reproduce the baseline bit for bit; `None` if there are none.
         ordered: reading -> `trained` or `fresh`: on which of the two it must be better.
         exempt: check name -> reason; a check that then passes is a failure.
+        alone: why it needs the whole batch in one process ("ranks the examples of a batch"); empty if it does not.
     """
 
     name: str
@@ -61,6 +63,12 @@ class Card:
     neutral: Mapping[str, object] | None = None
     ordered: Mapping[str, str] = field(default_factory=dict)
     exempt: Mapping[str, str] = field(default_factory=dict)
+    alone: str = ""
+
+
+def card_of(method: object) -> Card | None:
+    """The card beside a method's class, if it has one."""
+    return getattr(sys.modules.get(type(method).__module__), "CARD", None)
 
 
 class Hook:
@@ -121,6 +129,17 @@ class Moment(Protocol):
 
     def objective(self, batch: Batch) -> Tensor:
         """The whole training objective: the task's loss with the terms of all hooks."""
+        ...
+
+    def draw(self, like: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """`make(like)` for a random draw per row; the same numbers whoever shares the batch.
+
+        `make` may look at shape, dtype and device of what it is given, and must not look at its values.
+        """
+        ...
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """The rows of all processes that share the batch, for what pairs or ranks them; itself in one process."""
         ...
 
     def evaluating(self) -> AbstractContextManager[None]:

@@ -26,6 +26,7 @@ class Key(Generic[T]):
 
 
 TEACHER: Key[nn.Module] = Key("teacher", nn.Module)
+ORIGINAL: Key[nn.Module] = Key("original", nn.Module)  # the network before it was changed
 PARTNER: Key[nn.Module] = Key("partner", nn.Module)  # a teacher that was trained beside the student
 MASKS: Key[Mapping[str, Tensor]] = Key("masks", Mapping)  # parameter name -> 0/1 mask of its shape
 BITS: Key[Mapping[str, float]] = Key("bits", Mapping)  # layer name -> effective bits per value

@@ -16,7 +16,7 @@ from cupel.core.errors import ContractError, PlanError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from cupel.core.protocols import Hook, Moment
+    from cupel.core.protocols import Card, Hook, Moment
     from cupel.core.types import Batch
 
 PHASES: Mapping[str, tuple[str, ...]] = {  # a star marks a phase that at most one method may take
@@ -89,6 +89,15 @@ def clashes(uses: Sequence[SlotUse]) -> list[str]:
                 )
             kind = use.gives
     return found
+
+
+def refuse_sharing(devices: int, label: str, card: Card | None, uses: Sequence[SlotUse]) -> None:
+    """Raise `PlanError` where a technique cannot work on a part of a batch."""
+    why = card.alone if card else ""
+    if any(u.slot == "grads" and (u.phase == "make" or "per_example" in (u.takes, u.gives)) for u in uses):
+        why = why or "takes the gradient of every example of a batch"
+    if devices > 1 and why:
+        raise PlanError(f"devices must be 1 in a fit with {label}, which {why}; got {devices}. Train it on one device.")
 
 
 def uses_of(hook: Hook, label: str) -> list[SlotUse]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +13,7 @@ from cupel.core.errors import PlanError
 from cupel.core.fit import Named, run_fit
 from cupel.core.naming import step_names
 from cupel.core.params import check
-from cupel.core.protocols import Card
+from cupel.core.protocols import card_of
 from cupel.core.shelf import Shelf
 from cupel.core.types import Subject
 
@@ -40,11 +39,6 @@ Step = FitStep | ApplyStep
 
 def label_of(step: Step) -> str:
     return "fit" if isinstance(step, FitStep) else f"apply-{step.label}"
-
-
-def card_of(method: object) -> Card | None:
-    """The card beside a method's class, if it has one."""
-    return getattr(sys.modules.get(type(method).__module__), "CARD", None)
 
 
 def context_for(label: str, method: object, ctx: Context) -> Context:
@@ -94,8 +88,11 @@ def build(workload: Any, ctx: Context) -> Subject:
     """A fresh subject, its shelf bound to its data, with the capabilities its card gives."""
     subject: Subject = workload.build(ctx.child("build"))
     card = card_of(workload)
-    shelf = Shelf(subject.data.fingerprint)
-    return replace(subject, shelf=shelf, gives=frozenset(card.gives if card else subject.gives))
+    print_ = subject.data.fingerprint
+    laid = subject.shelf.entries if subject.shelf else {}
+    shelf = Shelf(print_, {name: replace(entry, fingerprint=print_) for name, entry in laid.items()})
+    # A workload whose capabilities depend on its parameters says itself what this subject gives.
+    return replace(subject, shelf=shelf, gives=subject.gives or frozenset(card.gives if card else ()))
 
 
 def apply(method: Any, subject: Subject, *, seed: int = 0) -> Subject:

@@ -131,10 +131,14 @@ def _own_names(prefix: str, module: nn.Module) -> set[str]:
     return {prefix + leaf for leaf in (*module._parameters, *module._buffers)}
 
 
+def hidden_names(model: nn.Module) -> set[str]:
+    """Parameters and buffers that are not stored as they are, because their module packs them."""
+    return set().union(*(_own_names(p, m) for p, m in _packing(model).items()))
+
+
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """What a file of `model` holds, by name: parameters, buffers, and packed states where declared."""
-    packing = _packing(model)
-    hidden = set().union(*(_own_names(p, m) for p, m in packing.items()))
+    packing, hidden = _packing(model), hidden_names(model)
     found: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         if key not in hidden:
@@ -250,8 +254,7 @@ def fill(model: nn.Module, stored: Mapping[str, Tensor], source: str = "the stat
     Raises:
         CupelError: they are not the state of this network; `source` names them in the message.
     """
-    packing = _packing(model)
-    hidden = set().union(*(_own_names(p, m) for p, m in packing.items()))
+    packing, hidden = _packing(model), hidden_names(model)
     state = model.state_dict()  # filled in place: its metadata tells torch's modules their version
     try:
         for key, value in list(state.items()):

@@ -20,7 +20,9 @@ from cupel.testing import harness as h
 
 def _measured(entry: Entry, on: Entry | None = None) -> tuple[Readings, Subject, Bench]:
     workload = on or h.workload_for(entry)
-    bench = Bench(h.tiny(workload), [FitStep(h.ONE_EPOCH)])
+    laid = h.fresh(workload.name).shelf  # a workload may bring an artefact itself
+    given = {k: v for k, v in h.given_for(entry, workload).items() if laid is None or k not in laid.entries}
+    bench = Bench(h.tiny(workload), [FitStep(h.ONE_EPOCH)], given=given)
     subject = bench.start()
     assert subject.shelf is not None
     subject = run_steps(subject, bench.steps, bench.context(subject.shelf))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cupel.core.context import Context
+from cupel.core.errors import NotApplicable
 from cupel.core.protocols import Card
 from cupel.core.scorecard import Readings, exact
 from cupel.core.shelf import BITS
@@ -67,6 +69,17 @@ def layer_table(model: nn.Module, ledger: Ledger, bits: Mapping[str, float]) -> 
     return rows
 
 
+def _from_graph(found: Mapping[str, Any]) -> Readings:
+    """Readings from the counts of a graph; a missing one is not a number, and a note says why."""
+    units = {"params": "params", "nonzero_params": "params", "operations": "ops"}
+    numbers = {name: math.nan if found[name] is None else found[name] for name in CARD.readings}
+    return Readings(
+        {name: exact(value, units.get(name, "bytes"), "lower") for name, value in numbers.items()},
+        ("counted from the graph in the file, not from modules", *found["notes"]),
+        {"layers": found["layers"]},
+    )
+
+
 @dataclass(frozen=True)
 class Cost:
     """What the network costs to store and to run on one input, without a clock.
@@ -83,6 +96,9 @@ class Cost:
       workspace is left out. Values are counted in the bytes that torch holds them in: activations that
       are only computed on a coarse grid (`dqa`) stay float here; their effective bits are in the table.
 
+    A network that is no modules but a graph (an ONNX file) says its own cost, counted node by node from the
+    shapes in it, with `graph_cost(inputs)`; `size_bytes` is then the file, and what cannot be counted is a note.
+
     Source: liveness as in Lin et al. 2021, section 3.
 
     Departs: no in-place depthwise convolution; torch has none.
@@ -94,11 +110,17 @@ class Cost:
 
     def measure(self, subject: Subject, ctx: Context) -> Readings:
         model = subject.model
+        if not len(subject.data.test):
+            raise NotApplicable("cost must have a test input to count on; there is none. Give test data.")
+        if callable(getattr(model, "graph_cost", None)):
+            return _from_graph(model.graph_cost(next(iter(subject.data.test.batches(1))).inputs))  # type: ignore[operator]
         tensors = chain(model.parameters(), model.buffers())
         device = next((t.device for t in tensors), torch.device("cpu"))
         inputs = next(iter(subject.data.test.batches(1))).to(device).inputs
         with still(model), ctx.scope("forward"):
             ledger = ledger_of(model, inputs)
+        if not ledger.ops:
+            raise NotApplicable("cost must see what the network computes; this one runs outside torch. Leave it out.")
         known = subject.shelf is not None and BITS in subject.shelf
         bits = subject.shelf.get(BITS) if known and subject.shelf is not None else {}
         rows = layer_table(model, ledger, bits)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cupel.core.context import Context
+from cupel.core.errors import NotApplicable
 from cupel.core.params import param
 from cupel.core.protocols import Card
 from cupel.core.scorecard import Reading, Readings
@@ -124,6 +125,8 @@ class Latency:
 
     def measure(self, subject: Subject, ctx: Context) -> Readings:
         model = subject.model
+        if not len(subject.data.test):
+            raise NotApplicable("latency must have a test input to time; there are none. Give data for the test split.")
         device = next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
         whole = next(iter(subject.data.test.batches(64))).to(device).inputs
         found: dict[str, Reading] = {}

@@ -174,7 +174,7 @@ def _learn(p: JeiDnn, net: EarlyExit, subject: Subject, ctx: Context) -> None:
     seen, held = (s.having(inputs=(s.inputs - shift) / scale) for s in (seen, held))
     with ctx.scope("init"):
         heads, gates = _Heads(sizes).to(ctx.device), _Gates(len(sizes) - 1).to(ctx.device)
-    net.costs.copy_(_costs(net, subject.data.train.inputs[:1].to(ctx.device), sizes))
+    net.to(ctx.device).costs.copy_(_costs(net, subject.data.train.inputs[:1].to(ctx.device), sizes))
     _alternate(p, heads, gates, seen, held, net.costs.cpu(), ctx)
     shift, scale = shift.to(ctx.device), scale.to(ctx.device)
     with torch.no_grad():

@@ -70,4 +70,4 @@ class _Balance(Hook):
 
     @phase("term")
     def loss(self, loss: Tensor, out: Tensor, batch: Batch, at: Moment) -> Tensor:
-        return loss + self.weight * pair_divergence(out) if self.weight else loss
+        return loss + self.weight * pair_divergence(at.whole(out)) if self.weight else loss

@@ -88,7 +88,7 @@ def moved(batch: Batch, p: AdversarialTraining, bounds: Bounds, draw: torch.Gene
             out = at.output_of(replace(batch, inputs=here))
             return -(at.task.losses(out, batch) if clean is None else kl(clean, out)), None
 
-        start = threat.admit(x + random_in_ball(x, eps, p.norm, draw), x)
+        start = threat.admit(x + at.draw(x, lambda like: random_in_ball(like, eps, p.norm, draw)), x)
         return descend(
             start, objective, p.steps, stepping(threat, threat.stride), lambda new, rows: threat.admit(new, x)
         )

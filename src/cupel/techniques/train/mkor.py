@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cupel.core.context import Context
 from cupel.core.params import param
 from cupel.core.protocols import Card, Update
+from cupel.core.spread import World
 
 CARD = Card(
     name="mkor",
@@ -52,7 +53,7 @@ def stabilised(inverse: Tensor, bound: float, keep: float) -> Tensor:
 
 def mean_input(module: Layer, x: Tensor) -> Tensor:
     """Mean of a layer's inputs over batch and positions, with a 1 appended where there is a bias: `[d_in (+ 1)]`."""
-    x = x.detach()
+    x = x.detach().to(module.weight.dtype)  # forwards in half precision leave halves
     if isinstance(module, nn.Conv2d):
         # Averaging over the batch first is the same and leaves one image to unfold.
         pads = module.padding
@@ -120,7 +121,8 @@ class MKOR:
     Departs: the printed algorithm adds the rank-one term; that is not an inverse and diverges, so it is subtracted.
     MKOR-H (`hybrid` > 0) judges the loss decrease by its first order, lr <gradient, last move>, because an update rule
     sees no loss; it switches off for good once the running mean falls below `hybrid` times its earlier peak. Statistics
-    come from the training-mode forwards of a step; several calls of one layer are averaged. Factors are float32.
+    come from the training-mode forwards of a step; several calls of one layer are averaged. Factors are float32. Where
+    processes share a batch, the entries of a mean are cut off at 100 before it is taken over the processes.
 
     Example:
         >>> MKOR(every=1).gamma
@@ -136,7 +138,7 @@ class MKOR:
     hybrid: float = param(0.0, "MKOR-H: share of the best loss decrease below which it stops; 0: never", ge=0, lt=1)
 
     def update(self, inner: Update, model: nn.Module, ctx: Context) -> Update:
-        return _Preconditioned(self, inner, model)
+        return _Preconditioned(self, inner, model, ctx.world)
 
 
 @dataclass
@@ -150,8 +152,8 @@ class _Factors:
 
 
 class _Preconditioned:
-    def __init__(self, p: MKOR, inner: Update, model: nn.Module) -> None:
-        self.p, self.inner = p, inner
+    def __init__(self, p: MKOR, inner: Update, model: nn.Module, world: World) -> None:
+        self.p, self.inner, self.world = p, inner, world
         self.layers = layers_of(model, p.largest)
         self.factors: dict[str, _Factors] = {}
         for name, module in self.layers.items():
@@ -184,8 +186,8 @@ class _Preconditioned:
             a = mean_input(module, args[0])
 
             def arrived(grad: Tensor) -> None:
-                held.inputs.append(a)
-                held.grads.append(mean_gradient(grad, isinstance(module, nn.Conv2d)))
+                held.inputs.append(self.world.weigh(a))
+                held.grads.append(mean_gradient(grad.to(a.dtype), isinstance(module, nn.Conv2d)))
 
             out.register_hook(arrived)
 
@@ -201,7 +203,7 @@ class _Preconditioned:
 
     def _refresh(self, held: _Factors) -> None:
         if held.inputs:
-            sides = (torch.stack(held.grads).mean(0), torch.stack(held.inputs).mean(0))
+            sides = self.world.sum((torch.stack(held.grads).mean(0), torch.stack(held.inputs).mean(0)))
             made = [rank_one_inverse(m, v, self.p.gamma) for m, v in zip((held.left, held.right), sides, strict=True)]
             held.left, held.right = (stabilised(m, self.p.bound, self.p.keep) for m in made)
             held.inputs, held.grads = [], []
