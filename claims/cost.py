@@ -12,12 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from cupel.core.context import Context, seeded
 from cupel.core.steps import build
-from cupel.core.store import save_model
 from cupel.core.tasks import Classification
 from cupel.core.types import Subject
 from cupel.data.digits import digits
 from cupel.probes.cost.cost import Cost
 from cupel.runner.claims import Claim
+from cupel.storage.state import save_model
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 
 CLAIM = Claim(

@@ -9,10 +9,10 @@ import torch
 from cupel.core.context import Context
 from cupel.core.fit import fit
 from cupel.core.steps import apply, build
-from cupel.core.store import size_of
 from cupel.ops.ledger import ledger_of
 from cupel.probes.cost.latency import Latency
 from cupel.runner.claims import Claim
+from cupel.storage.state import size_of
 from cupel.techniques.compress.int8_ptq import Int8PTQ
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 

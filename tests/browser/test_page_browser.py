@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cupel.core.scorecard import write_json
 from cupel.report.html import write_page
 from cupel.report.words import label, number, rows_of
+from cupel.storage.cards import write_json
 from cupel.testing.cards import large_card, small_card
 
 SLOW = 6.0  # how much slower than a quiet desktop a test machine may be

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from cupel.core.scorecard import Reading, over_seeds, write_json
+from cupel.core.scorecard import Reading, over_seeds
+from cupel.storage.cards import write_json
 
 uvicorn = pytest.importorskip("uvicorn", reason="browser tests of the page need the extra ui")
 expect = pytest.importorskip("playwright.sync_api", reason="browser tests need the package playwright").expect

@@ -16,12 +16,12 @@ from cupel.core.context import Context
 from cupel.core.scorecard import Readings
 from cupel.core.shelf import BITS, Shelf
 from cupel.core.steps import apply, build
-from cupel.core.store import save_model
 from cupel.core.tasks import Classification
 from cupel.core.types import Examples, Splits, Subject
 from cupel.nets.separable import SeparableNet
 from cupel.ops.ledger import ledger_of
 from cupel.probes.cost.cost import Cost
+from cupel.storage.state import save_model
 from cupel.techniques.compress.dqa import DQA
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 

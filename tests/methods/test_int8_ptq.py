@@ -17,11 +17,11 @@ from cupel.core.context import Context
 from cupel.core.errors import PlanError
 from cupel.core.fit import fit
 from cupel.core.steps import apply, build
-from cupel.core.store import load_into, save_model, size_of
 from cupel.core.tasks import Classification
 from cupel.core.types import Examples, Splits, Subject
 from cupel.ops.ledger import ledger_of
 from cupel.probes.cost.cost import Cost
+from cupel.storage.state import load_into, save_model, size_of
 from cupel.techniques.compress.int8_ptq import Int8PTQ
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 

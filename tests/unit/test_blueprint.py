@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from cupel.core.context import seeded
 from cupel.core.errors import CupelError
 from cupel.core.steps import ApplyStep, FitStep
-from cupel.core.store import packed, unpacked
 from cupel.runner.bench import prepare
 from cupel.storage.blueprint import NotDrawable, built, drawn
+from cupel.storage.state import packed, unpacked
 from cupel.techniques.compress.int8_ptq import Int8PTQ
 from cupel.techniques.compress.pdp import PDP
 from cupel.workloads.vision.digits_cnn import DigitsCnn

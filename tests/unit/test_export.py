@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from cupel.core.context import Context
 from cupel.core.errors import CupelError, MissingExtra
 from cupel.core.steps import apply, build
-from cupel.core.store import load_into
 from cupel.core.types import Subject
 from cupel.intake import export
 from cupel.intake.export import export_model
 from cupel.intake.models import read_model
+from cupel.storage.state import load_into
 from cupel.techniques.compress.dqa import DQA
 from cupel.techniques.compress.greenformer import Greenformer
 from cupel.techniques.compress.int8_ptq import Int8PTQ

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cupel.core.files import FolderError, explained, replace_file
+from cupel.storage.files import FolderError, explained, replace_file
 
 
 def in_child(act: object) -> int:

@@ -28,9 +28,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cupel.core.errors import CupelError
-from cupel.core.store import save_model
 from cupel.intake.factory import fill
 from cupel.intake.models import Brought, read_model
+from cupel.storage.state import save_model
 
 torch.set_num_threads(1)
 Files = dict[str, bytes]

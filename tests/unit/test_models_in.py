@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cupel.core.errors import CupelError
-from cupel.core.store import save_model
 from cupel.intake.models import read_model
+from cupel.storage.state import save_model
 
 torch.set_num_threads(1)
 

@@ -44,7 +44,7 @@ def test_buffers_outside_the_state_come_back(tmp_path: Path) -> None:
 def test_damaged_descriptions_are_refused(tmp_path: Path) -> None:
     net = torch.nn.Linear(3, 2)
     save_network(net, tmp_path, "m", {})
-    with pytest.raises(CupelError, match="Did you mean 'm'|holds m"):
+    with pytest.raises(CupelError, match=r"Did you mean 'm'|holds m"):
         load_network(tmp_path, "n")
     spec = json.loads((tmp_path / "m.json").read_text())
     for change in (

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from cupel.core.context import Context
 from cupel.core.errors import CupelError
 from cupel.core.steps import build
-from cupel.core.store import load_into, load_state, save_model, size_of
 from cupel.nets.convnet import ConvNet
 from cupel.ops.quantize import pack_codes, unpack_codes
+from cupel.storage.state import load_into, load_state, save_model, size_of
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 
 torch.set_num_threads(1)

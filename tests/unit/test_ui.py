@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 
 from cupel.cli import app as command_line
 from cupel.core.errors import CupelError, MissingExtra
-from cupel.core.scorecard import Reading, over_seeds, write_json
+from cupel.core.scorecard import Reading, over_seeds
+from cupel.storage.cards import write_json
 from cupel.ui import comparing, folders
 from cupel.ui.app import make_app
 from cupel.ui.serve import bound, serve

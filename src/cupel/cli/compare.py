@@ -20,7 +20,7 @@ def compare(
     Example:  cupel compare runs/a runs/b
     """
     from cupel.core.errors import RecipeError
-    from cupel.core.scorecard import read_scorecard
+    from cupel.storage.cards import read_scorecard
 
     if len(runs) < 2:
         raise RecipeError(f"compare must get two or more run folders; got {len(runs)}. Name another.")

@@ -26,7 +26,7 @@ def export(
     Examples:  cupel export runs/demo lean --to onnx   ·   cupel export runs/demo lean --seed 1 -o lean.pt2
     """
     from cupel.core.errors import ParamError, RecipeError, nearest
-    from cupel.core.scorecard import read_scorecard
+    from cupel.storage.cards import read_scorecard
 
     if to not in KINDS:
         raise ParamError(f"--to must be one of {', '.join(KINDS)}; got {to!r}.{nearest(to, KINDS)} Name one.")

@@ -22,11 +22,11 @@ def gate(
     """
     import dataclasses
 
-    from cupel.core.scorecard import read_scorecard
     from cupel.report.terminal import console, verdict
     from cupel.runner.gate import judge
     from cupel.runner.recipe import gate_rules
     from cupel.runner.tree import parse_file
+    from cupel.storage.cards import read_scorecard
 
     card = read_scorecard(run)
     found = judge([dataclasses.asdict(r) for r in gate_rules(parse_file(rules), card["variants"])], card)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cupel.core.errors import ContractError
-from cupel.core.files import replace_file
 
 FORMAT = 1
 BETTER = ("higher", "lower", "none")
@@ -141,38 +138,3 @@ def difference(cell: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[float,
     gap = float(cell["value"]) - float(base["value"])
     half = math.hypot(cell["value"] - cell["low"], base["high"] - base["value"])
     return gap, gap - half, gap + half
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON in the order it was made, whole or not at all. NaN and infinities become null."""
-    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_file(path, text)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
-
-
-def read_scorecard(folder: Path) -> dict[str, Any]:
-    """The scorecard of a run folder (or the JSON file itself)."""
-    from cupel.core.errors import RecipeError
-
-    path = folder if folder.is_file() else folder / "scorecard.json"
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{folder} must be a run folder with a scorecard.json; reading it failed: {error}. "
-            "Give the folder that `cupel run` printed."
-        ) from None
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise RecipeError(
-            f"{path} must be a cupel scorecard of format {FORMAT}; got something else. Run the recipe again."
-        )
-    return card

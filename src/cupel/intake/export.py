@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from cupel.core.errors import CupelError, MissingExtra
-from cupel.core.store import load_state, save_model, state_of
 from cupel.core.types import still
 from cupel.intake.models import read_model
+from cupel.storage.state import load_state, save_model, state_of
 
 OPSET = 18  # of ONNX: what torch's exporter writes natively, and what runtimes of several years read
 KINDS = (".pt2", ".onnx", ".safetensors")

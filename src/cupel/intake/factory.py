@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cupel.core.errors import CupelError, nearest
-from cupel.core.store import load_into
 from cupel.intake.archive import weights_only
+from cupel.storage.state import load_into
 
 PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
@@ -142,7 +142,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
 
 
 def _own(model: nn.Module, path: Path) -> None:
-    """`core.store.load_into`, which trusts the header that it wrote itself; here the file may be anyone's."""
+    """`storage.state.load_into`, which trusts the header that it wrote itself; here the file may be anyone's."""
     try:
         _check_masks(path)
         load_into(model, path)

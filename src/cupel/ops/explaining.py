@@ -14,6 +14,7 @@ from cupel.core.scorecard import Reading, exact, mean_of
 from cupel.core.types import Subject
 from cupel.ops.attribution import area, gini, ranked_curve
 from cupel.ops.corruptions import gaussian_blur
+from cupel.ops.labelled import classes_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def scene_of(subject: Subject, count: int, draw: torch.Generator) -> Scene:
     Raises:
         NotApplicable: inputs are no images or series, or no gradient reaches them.
     """
+    classes_of(subject.data.test, "attribution")
     batches = list(subject.data.test.batches(500))
     parts = [b.inputs for b in batches]
     if not all(isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (3, 4) for x in parts):

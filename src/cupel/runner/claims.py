@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from cupel.core.errors import ContractError, MissingData, PlanError, nearest
-from cupel.core.scorecard import mean_of, write_json
+from cupel.core.scorecard import mean_of
+from cupel.storage.cards import write_json
 
 _OPS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

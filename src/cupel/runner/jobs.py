@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from typing import Any
 
-from cupel.core.files import replace_file
 from cupel.runner.cluster import OnRay
 from cupel.runner.keep import Keeper
 from cupel.runner.outcome import CupelDefect, Leaf, Outcome
@@ -15,6 +14,7 @@ from cupel.runner.plan import Node, Plan, known
 from cupel.runner.pool import Here, WorkerDied, Workers
 from cupel.runner.recipe import Ref
 from cupel.runner.work import Made, do_node, do_probes, save_result
+from cupel.storage.files import replace_file
 
 Tell = Callable[[str, int, int], None]  # (what finished, jobs done, jobs in all)
 

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from cupel.core.errors import CupelError, RecipeError
-from cupel.core.files import explained, replace_file
+from cupel.storage.files import explained, replace_file
 
 HIDDEN = ".cupel"
 _FRAME = (HIDDEN, "models", "artefacts")
@@ -45,8 +45,8 @@ class Keeper:
 
     def kept_node(self, key: str, packages: frozenset[str]) -> tuple[Any, list[dict[str, Any]]] | None:
         """Network, shelf and log of a finished node, or None. A damaged file is absent: the work is done again."""
-        from cupel.core.store import unpacked
         from cupel.storage.blueprint import built
+        from cupel.storage.state import unpacked
 
         path = self.hidden / "nodes" / f"{key}.safetensors"
         if not path.exists():
@@ -90,8 +90,8 @@ class Keeper:
 
 def plain_node(parts: object, curve: list[dict[str, Any]]) -> bytes:
     """A finished node as the bytes of a safetensors file; empty where a network has no plain form."""
-    from cupel.core.store import packed
     from cupel.storage.blueprint import drawn
+    from cupel.storage.state import packed
 
     try:
         plain, tensors = drawn(parts)

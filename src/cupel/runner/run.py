@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from cupel.core.errors import RecipeError
-from cupel.core.scorecard import FORMAT, Reading, over_seeds, write_json
+from cupel.core.scorecard import FORMAT, Reading, over_seeds
 from cupel.runner.gate import judge
 from cupel.runner.jobs import Tell, run_jobs
 from cupel.runner.keep import Keeper, kept
 from cupel.runner.outcome import Leaf, Outcome
 from cupel.runner.plan import Plan, make_plan
 from cupel.runner.recipe import Recipe, recipe_of
+from cupel.storage.cards import write_json
 
 ON = ("local", "ray")
 

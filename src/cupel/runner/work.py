@@ -86,7 +86,7 @@ def _measure(ref: Ref, subject: Any, bench: Any) -> dict[str, Any]:
         probe = method_of("probe", ref)
         lacks = sorted(set(known("probe", ref).card.needs) - subject.gives)
         if lacks:
-            raise NotApplicable(f"needs {', '.join(lacks)}, which this network no longer has")
+            raise NotApplicable(f"needs {', '.join(lacks)}, which this network does not have")
         readings = probe.measure(subject, ctx)
     except NotApplicable as reason:
         return {"readings": {}, "notes": [f"not applicable: {reason}"], "figures": {}}

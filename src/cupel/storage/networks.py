@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cupel.core.errors import CupelError, RecipeError, nearest
-from cupel.core.files import replace_file
-from cupel.core.scorecard import write_json
-from cupel.core.store import hidden_names, load_into, load_state, packed, save_model, unpacked
 from cupel.storage.blueprint import built, drawn
+from cupel.storage.cards import write_json
+from cupel.storage.files import replace_file
+from cupel.storage.state import hidden_names, load_into, load_state, packed, save_model, unpacked
 
 
 def save_network(model: nn.Module, folder: Path, stem: str, facts: Mapping[str, Any]) -> None:

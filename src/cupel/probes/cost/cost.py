@@ -16,9 +16,9 @@ from cupel.core.errors import NotApplicable
 from cupel.core.protocols import Card
 from cupel.core.scorecard import Readings, exact
 from cupel.core.shelf import BITS
-from cupel.core.store import size_of
 from cupel.core.types import Subject, still
 from cupel.ops.ledger import Ledger, ledger_of
+from cupel.storage.state import size_of
 
 CARD = Card(
     name="cost",
@@ -89,7 +89,7 @@ class Cost:
       counted from the calls that reach torch's dispatcher: matrix products, convolutions, recurrent
       layers and attention, in float or int8. Zeros in a dense matrix are multiplied like other numbers,
       so masks lower `size_bytes` and not `operations`.
-    - `size_bytes`: bytes that `core.store` really writes for the network.
+    - `size_bytes`: bytes that `storage.state` really writes for the network.
     - `peak_activation_bytes`: the most bytes of activations that must be held at once, from the liveness
       of every buffer in the recorded forward: a buffer is held from the call that makes it to the last
       one that reads it, inputs and outputs of the running call included, parameters not. A layer's inner

@@ -15,6 +15,8 @@ from cupel.core.params import param
 from cupel.core.protocols import Card
 from cupel.core.scorecard import Reading, Readings, exact, mean_of, share
 from cupel.core.types import Batch, Examples, Subject, TrainView, outputs_on, still
+from cupel.ops.labelled import judged_classes
+from cupel.ops.masking import has_gradients
 from cupel.ops.spectra import (
     amplitude_shares,
     as_shares,
@@ -164,6 +166,11 @@ class FreqBack:
         train, test = subject.data.train, subject.data.test
         if not (isinstance(train, Examples) and train.inputs.ndim == 3 and train.inputs.is_floating_point()):
             raise NotApplicable("freqback must have series [N, C, T] as inputs; got others. Leave this probe out.")
+        if not isinstance(test, Examples) or not len(train) or not len(test):
+            raise NotApplicable("freqback must have training and test series; there are none. Bring data to train on.")
+        judged_classes(subject, "freqback")
+        if not has_gradients(subject.model, train.inputs[:1]):
+            raise NotApplicable("freqback must move a trigger by gradients; this network has none. Leave it out.")
         away = test.where(lambda b: b.targets != self.target)
         if not len(away) or not bool((train.targets != self.target).any()):
             raise NotApplicable(f"series must have a class other than target {self.target}; none has. Change it.")

@@ -14,6 +14,7 @@ from cupel.core.params import param
 from cupel.core.protocols import Card
 from cupel.core.scorecard import Reading, Readings, share
 from cupel.core.types import Examples, Subject, TrainView, outputs_on
+from cupel.ops.labelled import classes_of, judged_classes
 from cupel.ops.membership import (
     auc_interval,
     cross_fitted,
@@ -31,7 +32,7 @@ CARD = Card(
     "1709.01604, adversary 2; N. Carlini et al., Membership Inference Attacks From First Principles, S&P 2022, "
     "arXiv 2112.03570, Algorithm 1",
     tags=("leakage", "membership-inference", "audit"),
-    needs=("classes",),
+    needs=("classes", "members"),
     forks="shadows",
     readings=("membership_auc", "membership_advantage", "membership_tpr_at_1fpr"),
     tiny={"attack": "lira", "shadows": 4},
@@ -102,11 +103,17 @@ class Membership:
                 f"membership must find independent examples; the workload holds {type(train).__name__}. "
                 "Use a workload of separate examples."
             )
-        inside, outside = matched(train.targets, test.targets, self.examples, ctx.rng("judged"))
-        if not len(inside):
+        if not len(train):
             raise NotApplicable(
-                "membership must find classes that both the training and the test split hold; it finds none. "
-                "Split the data by class."
+                "membership must have the examples that the network was trained on; there are none. Name them."
+            )
+        classes_of(train, "membership", "training")
+        judged_classes(subject, "membership")
+        inside, outside = matched(train.targets, test.targets, self.examples, ctx.rng("judged"))
+        if len(inside) < 2:
+            raise NotApplicable(
+                "membership must find two examples or more of classes that both the training and the test split hold; "
+                f"it finds {len(inside)}. Split the data by class."
             )
         scores = torch.cat(
             [

@@ -17,6 +17,7 @@ from cupel.core.protocols import Card
 from cupel.core.scorecard import Reading, Readings, share
 from cupel.core.tasks import Classification
 from cupel.core.types import Budget, Examples, Subject, TrainView, outputs_on, still
+from cupel.ops.labelled import judged_classes
 from cupel.ops.membership import SCORES, auc_interval, class_thresholds, hits_of, tpr_interval
 
 CARD = Card(
@@ -25,7 +26,7 @@ CARD = Card(
     source="X. Yuan, L. Zhang, Membership Inference Attacks and Defenses in Neural Network Pruning, USENIX Security "
     "2022, arXiv 2202.03335, sections 4 and 5 (SAMIA); threshold peers: L. Song, P. Mittal, arXiv 2003.10595",
     tags=("leakage", "membership-inference", "pruning", "audit"),
-    needs=("classes",),
+    needs=("classes", "members"),
     forks="networks",
     readings=(
         "samia_accuracy", "samia_auc", "samia_tpr_at_1fpr", "confidence_accuracy", "cross_entropy_accuracy",
@@ -120,7 +121,14 @@ class PruneMIA:
                 "prune-mia must find independent examples with real inputs; the workload holds others. "
                 "Use probe membership."
             )
+        if not len(subject.data.train):
+            raise NotApplicable(
+                "prune-mia must have the examples that the network was trained on; there are none. Name them."
+            )
+        judged_classes(subject, "prune-mia")
         pool = Examples(*(torch.cat([getattr(p, k) for p in parts]) for k in ("inputs", "targets", "index")))
+        if len(pool) < 40:
+            raise NotApplicable(f"prune-mia must have 40 examples or more; got {len(pool)}. Bring more data.")
         seen = [self._watched(pool, rows, ctx, k) for k, rows in enumerate(self._rows(len(pool), ctx))]
         victim, shadows = seen[0], seen[1:]
         taught = Seen(

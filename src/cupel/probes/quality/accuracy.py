@@ -10,6 +10,7 @@ from cupel.core.context import Context
 from cupel.core.protocols import Card
 from cupel.core.scorecard import Readings, share
 from cupel.core.types import Subject
+from cupel.ops.labelled import judged_classes
 
 CARD = Card(
     name="accuracy",
@@ -34,8 +35,7 @@ class Accuracy:
     """
 
     def measure(self, subject: Subject, ctx: Context) -> Readings:
-        out = subject.outputs("test")
-        targets = torch.cat([b.targets for b in subject.data.test.batches(500)])
+        out, targets = judged_classes(subject, "accuracy")
         guess = subject.task.predict(out)
         right = guess == targets
         classes = out.shape[-1]

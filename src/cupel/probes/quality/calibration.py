@@ -15,6 +15,7 @@ from cupel.core.protocols import Card
 from cupel.core.scorecard import Reading, Readings, mean_of
 from cupel.core.types import Subject
 from cupel.ops.calibration import Bins, bin_edges, binned, gap_interval, honest_gaps, resampled_gaps
+from cupel.ops.labelled import judged_classes
 
 CARD = Card(
     name="calibration",
@@ -43,10 +44,9 @@ def brier_losses(probability: Tensor, targets: Tensor) -> Tensor:
 
 def probabilities_of(subject: Subject) -> tuple[Tensor, Tensor]:
     """Class probabilities `[N, K]` in float64 and true classes `[N]` on the test split."""
-    targets = torch.cat([b.targets for b in subject.data.test.batches(500)])
-    probability = subject.task.scores(subject.outputs("test").double())
-    one_class_each = probability.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point()
-    if not one_class_each or not bool((probability.sum(1) - 1).abs().max() < 1e-3):
+    out, targets = judged_classes(subject, "calibration")
+    probability = subject.task.scores(out.double())
+    if probability.ndim != 2 or not bool((probability.sum(1) - 1).abs().max() < 1e-3):
         raise NotApplicable(
             f"calibration must have one class and one probability distribution per input; got scores "
             f"{tuple(probability.shape)} for targets {tuple(targets.shape)}. Use it on a classification task."

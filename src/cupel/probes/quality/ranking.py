@@ -127,7 +127,7 @@ def _mean(values: list[float]) -> float | None:
 def _table(subject: Subject) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, seen and wanted items of all test users, `[U, I]` each."""
     batches = list(subject.data.test.batches(500))
-    if not all(isinstance(b.inputs, dict) and "seen" in b.inputs for b in batches):
+    if not batches or not all(isinstance(b.inputs, dict) and "seen" in b.inputs for b in batches):
         raise NotApplicable(
             "test batches must hold a dict of inputs with `seen`; they do not. Use a workload that ranks items."
         )

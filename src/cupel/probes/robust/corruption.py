@@ -14,6 +14,7 @@ from cupel.core.protocols import Card
 from cupel.core.scorecard import Reading, Readings, mean_of, share
 from cupel.core.types import Bounds, Examples, Subject, outputs_on
 from cupel.ops.corruptions import contrasted, gaussian_blur, shifted, with_noise
+from cupel.ops.labelled import judged_classes
 
 CARD = Card(
     name="corruption",
@@ -86,7 +87,7 @@ def damages_for(x: object, subject: Subject, draw: torch.Generator) -> dict[str,
     if isinstance(x, Tensor) and x.is_floating_point():
         if x.ndim == 4 and subject.bounds is not None:
             return image_damages(x, subject.bounds, draw)
-        if x.ndim == 3 and "series" in subject.gives:
+        if x.ndim == 3 and x[0].numel() > 1 and "series" in subject.gives:
             return series_damages(x, draw)
     raise NotApplicable(
         "corruption must have images [N, C, H, W] with bounds, or a workload of series [N, C, T]; got "
@@ -130,10 +131,10 @@ class Corruption:
     """
 
     def measure(self, subject: Subject, ctx: Context) -> Readings:
+        out, targets = judged_classes(subject, "corruption")
         batches = list(subject.data.test.batches(500))
         parts = [b.inputs for b in batches]
         x = torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
-        targets = torch.cat([b.targets for b in batches])
         damages = damages_for(x, subject, ctx.rng("damage"))
         strengths = IMAGE_STRENGTHS if x.ndim == 4 else SERIES_STRENGTHS
 
@@ -148,7 +149,7 @@ class Corruption:
         every = torch.cat(list(hits.values()))  # [20, N]
         worst = int(every.sum(1).argmin())
         kind, level = list(hits)[worst // 5], worst % 5 + 1
-        clean = subject.task.predict(subject.outputs("test")) == targets
+        clean = subject.task.predict(out) == targets
         return Readings.of(
             corruption_accuracy=bounded_mean(every.mean(0)),
             corruption_worst=share(int(every[worst].sum()), len(targets)),

@@ -19,6 +19,7 @@ from cupel.ops.apgd import apgd
 from cupel.ops.attacks import fgsm, logits_ratio, pgd, tempered
 from cupel.ops.carlini import carlini
 from cupel.ops.folding import folded
+from cupel.ops.labelled import labelled_inputs
 from cupel.ops.masking import Sign, has_gradients, signs_of, zero_gradients
 from cupel.ops.projections import size_of
 from cupel.ops.square import square
@@ -76,13 +77,6 @@ class Evasion:
     def measure(self, subject: Subject, ctx: Context) -> Readings:
         bounds, x, y = self._inputs(subject, ctx)
         with still(subject.model) as model, ctx.scope("attacks"):
-            with torch.no_grad():
-                shape = tuple(model(x[:2]).shape)
-            if len(shape) != 2 or shape[1] < 2:
-                raise NotApplicable(
-                    f"evasion must get one score per class; got outputs of shape {list(shape)} for two inputs. "
-                    "Use it where inputs are classified."
-                )
             if has_gradients(model, x[:2]):
                 bench = _Bench(self, bounds, model, folded(model, x[:16]), x, y, ctx)
                 found, signs = bench.white_box()
@@ -95,18 +89,9 @@ class Evasion:
     def _inputs(self, subject: Subject, ctx: Context) -> tuple[Bounds, Tensor, Tensor]:
         if subject.bounds is None:
             raise NotApplicable("evasion must know the range of the inputs; this workload gives none. Set its bounds.")
-        parts = list(subject.data.test.batches(500))
-        if not all(isinstance(b.inputs, Tensor) and b.inputs.is_floating_point() and _labels(b.targets) for b in parts):
-            raise NotApplicable(
-                "evasion must get float inputs with one class each; got others. Use it where inputs are classified."
-            )
-        x, y = torch.cat([b.inputs for b in parts]), torch.cat([b.targets for b in parts])
+        x, y = labelled_inputs(subject, "evasion")
         rows = torch.linspace(0, len(y) - 1, min(self.examples or len(y), len(y))).round().long().unique()
         return subject.bounds, x[rows].to(ctx.device), y[rows].to(ctx.device)
-
-
-def _labels(targets: Tensor) -> bool:
-    return targets.ndim == 1 and not targets.is_floating_point()
 
 
 @dataclass(frozen=True)

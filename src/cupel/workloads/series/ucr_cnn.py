@@ -20,7 +20,7 @@ CARD = Card(
     "Baseline, IJCNN 2017, arXiv 1611.06455 (the network FCN); data: H. A. Dau et al., The UCR Time Series Archive, "
     "IEEE/CAA Journal of Automatica Sinica 6(6), 2019, arXiv 1810.07758",
     tags=("time series", "small"),
-    gives=("weights", "gradients", "classes", "series", "batchnorm", "blocks"),
+    gives=("weights", "gradients", "members", "classes", "series", "batchnorm", "blocks"),
     expects="0.961 test accuracy on ItalyPowerDemand's own split: FCN, mean of 10 runs (Fawaz et al. 2019, "
     "arXiv 1809.04356, table of the UCR archive)",
     tiny={"width": 4, "examples": 96},

@@ -22,7 +22,7 @@ CARD = Card(
     source="X. Wang, X. He, Y. Cao, M. Liu, T.-S. Chua, KGAT: Knowledge Graph Attention Network for Recommendation, "
     "KDD 2019, arXiv 1905.07854, equations 1 to 13",
     tags=("recommendation", "graph", "knowledge-graph", "attention", "id"),
-    gives=("weights", "gradients", "graph", "ranking"),
+    gives=("weights", "gradients", "members", "graph", "ranking"),
     expects="not published for this split; on Amazon-book, Last-FM and Yelp2018 the paper reports Recall@20 0.149, "
     "0.087 and 0.071, 5 to 9 percent above the best baseline",
     tiny={"users": 40, "items": 150, "dim": 8, "layers": (8,), "graph": "attributes"},

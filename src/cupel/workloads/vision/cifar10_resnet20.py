@@ -19,7 +19,7 @@ CARD = Card(
     source="K. He, X. Zhang, S. Ren, J. Sun, Deep Residual Learning for Image Recognition, CVPR 2016, arXiv "
     "1512.03385, section 4.2; data: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009 (data)",
     tags=("image", "medium", "residual"),
-    gives=("weights", "gradients", "classes", "images", "bounded", "blocks", "batchnorm"),
+    gives=("weights", "gradients", "members", "classes", "images", "bounded", "blocks", "batchnorm"),
     expects="no published figure is known to us for these 10,000 JPEG-decoded images without augmentation; the paper's "
     "0.9125 (He et al. 2016, table 6) is for 45,000 images, crops, flips and 64,000 updates",
     tiny={"width": 2, "train_examples": 96, "examples": 64},

@@ -18,7 +18,7 @@ CARD = Card(
     family="vision",
     source="E. Alpaydin, C. Kaynak, Cascading Classifiers, Kybernetika 34(4), 1998 (data: UCI optical digits)",
     tags=("image", "small"),
-    gives=("weights", "gradients", "classes", "images", "bounded", "blocks", "batchnorm"),
+    gives=("weights", "gradients", "members", "classes", "images", "bounded", "blocks", "batchnorm"),
     expects="0.98 test accuracy: k-NN reaches 0.98 on this set (Alpaydin and Kaynak 1998); small CNNs 0.98 to 0.99",
     tiny={"width": 4, "examples": 96},
 )

@@ -20,7 +20,7 @@ CARD = Card(
     source="E. Alpaydin, C. Kaynak, Cascading Classifiers, Kybernetika 34(4), 1998 (data: UCI optical digits); "
     "hidden sizes: LeNet-300-100 of Y. LeCun et al., Gradient-Based Learning Applied to Document Recognition, 1998",
     tags=("image", "small", "dense"),
-    gives=("weights", "gradients", "classes", "images", "bounded", "blocks"),
+    gives=("weights", "gradients", "members", "classes", "images", "bounded", "blocks"),
     expects="0.97 test accuracy: scikit-learn's digit example (SVM, half of these images) reports 0.97; "
     "k-NN reaches 0.98 (UCI documentation of the set)",
     tiny={"hidden": (16, 8), "examples": 96},

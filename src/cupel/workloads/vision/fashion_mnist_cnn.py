@@ -19,7 +19,7 @@ CARD = Card(
     source="H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning "
     "Algorithms, 2017, arXiv 1708.07747",
     tags=("image", "medium"),
-    gives=("weights", "gradients", "classes", "images", "bounded", "blocks", "batchnorm"),
+    gives=("weights", "gradients", "members", "classes", "images", "bounded", "blocks", "batchnorm"),
     expects="0.89 test accuracy on 10,000 training images; on all 60,000 two- and three-layer CNNs reach 0.91 to 0.93 "
     "(benchmark list of Xiao et al. 2017)",
     tiny={"width": 4, "train_examples": 96, "examples": 64},

@@ -26,7 +26,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from cupel.core.errors import CupelError
-from cupel.core.files import replace_file
+from cupel.storage.files import replace_file
 
 FORMAT = "1"
 _NARROWER = {torch.float64: (torch.float32,), torch.int64: (torch.int8, torch.int16, torch.int32)}
