@@ -24,6 +24,7 @@ def run(
     jobs: int = typer.Option(0, help="Processes; 0 takes one for each core.", min=0),
     on: str = typer.Option("local", help="local, or ray: a Ray cluster does the jobs."),
     resume: Path = typer.Option(None, help="Continue the unfinished run in this folder.", show_default=False),
+    track: str = typer.Option("", help="tensorboard or mlflow: curves and readings there too.", show_default="off"),
     data_dir: Path = bring.DATA_DIR,
     every: bool = typer.Option(False, "--every", help="Show all readings, not only the first of each probe."),
     json_: bool = typer.Option(False, "--json", help="Print the scorecard as JSON."),
@@ -39,6 +40,7 @@ def run(
     from cupel.core.errors import RecipeError
     from cupel.runner.plan import make_plan
     from cupel.runner.recipe import read_recipe
+    from cupel.runner.run import follows
 
     bring.data_in(data_dir)
     if resume and (recipe or out or seed or set_):
@@ -48,11 +50,12 @@ def run(
     if seed:
         chosen = dataclasses.replace(chosen, seeds=tuple(dict.fromkeys(seed)))
     plan = make_plan(chosen)
+    quiet |= follows()
     folder = resume or out or fresh(path.stem)
     for notice in plan.notices:
         typer.echo(f"note: {notice}", err=True)
     how = {"jobs": jobs or os.cpu_count() or 1, "on": on, "device": device, "resume": resume is not None}
-    card = with_progress(chosen, folder, quiet or json_, how)
+    card = with_progress(chosen, folder, quiet or json_, how | {"track": track})
     if json_:
         typer.echo(json.dumps(card, indent=1, default=str))
     elif not quiet:

@@ -54,6 +54,8 @@ def number(value: float | None, unit: str = "", digits: int = 3) -> str:
 
     >>> number(0.98761, "share"), number(61234, "bytes"), number(1234567, "ops"), number(None)
     ('.988', '61.2k', '1.23M', '-')
+    >>> number(163.2, digits=2), number(16.32, digits=2)
+    ('163', '16')
     """
     if value is None or not math.isfinite(value):
         return "-"
@@ -65,7 +67,7 @@ def number(value: float | None, unit: str = "", digits: int = 3) -> str:
     step = 0
     while abs(value) >= 999.5 and step < len(_STEPS) - 1:
         value, step = value / 1000, step + 1
-    text = f"{value:.{digits}g}{_STEPS[step]}"
+    text = (f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}") + _STEPS[step]
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 

@@ -19,6 +19,8 @@ from cupel.runner.keep import Keeper, kept
 from cupel.runner.outcome import Leaf, Outcome
 from cupel.runner.plan import Plan, make_plan
 from cupel.runner.recipe import Recipe, recipe_of
+from cupel.runner.track import check_tracker
+from cupel.runner.track import track as tracked
 from cupel.storage.cards import write_json
 
 ON = ("local", "ray")
@@ -32,6 +34,7 @@ def run(
     jobs: int = 1,
     on: str = "local",
     device: str = "cpu",
+    track: str = "",
     tell: Tell | None = None,
     **parts: Any,
 ) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def run(
         jobs: processes; 1 stays in this process.
         on: `local`, or `ray`: the jobs go to the Ray cluster that this machine belongs to.
         device: `cpu`, `cuda` or `auto`.
+        track: `tensorboard` or `mlflow`: training curves and readings there too, in the run folder.
         tell: called as jobs finish.
 
     Returns:
@@ -59,13 +63,34 @@ def run(
     device = _device(device)
     if on not in ON:
         raise RecipeError(f"`on` must be local or ray; got {on!r}. Use --on local.")
-    if out is None:
+    if track:
+        check_tracker(track)
+    jobs = _shared_out(plan, jobs, resume)
+    if out is None or follows():
         return _carry_out(plan, device, jobs, on, None, tell)
     with kept(Path(out), chosen.plain(), device, resume) as keeper:
         card = _carry_out(plan, device, jobs, on, keeper, tell)
         write_run(keeper.folder, card)
+        if track:
+            tracked(card, keeper.folder, track)
         keeper.finish()
     return card
+
+
+def follows() -> bool:
+    """True in all processes of `torchrun` but the first, which alone writes and speaks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("RANK", 0)) > 0
+
+
+def _shared_out(plan: Plan, jobs: int, resume: bool) -> int:
+    """Jobs at a time, where a fit takes several processes itself."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if resume:
+            raise RecipeError("a run under torchrun cannot be resumed; got --resume. Resume it without torchrun.")
+        return 1  # every process of torchrun goes through the same jobs in the same order
+    steps = [s for list_ in plan.recipe.variants.values() for s in list_ if s.kind == "fit"]
+    devices = max((int(s.budget.get("devices", 1)) for s in steps), default=1)
+    return max(1, min(jobs, (os.cpu_count() or 1) // devices)) if devices > 1 else jobs
 
 
 def _carry_out(plan: Plan, device: str, jobs: int, on: str, keeper: Keeper | None, tell: Tell | None) -> dict[str, Any]:
