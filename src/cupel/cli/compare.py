@@ -30,27 +30,7 @@ def compare(
     if json_:
         typer.echo(json.dumps(rows, indent=1))
         return
-    from rich.table import Table
+    from cupel.report.terminal import comparison, console
 
-    from cupel.report.terminal import console
-    from cupel.report.words import number, spoken
-
-    table = Table(box=None, padding=(0, 1))
-    for head in ("variant", "reading", runs[0].name, "run", "there", "difference [95%]"):
-        table.add_column(head)
-    for row in rows:
-        unit = row["unit"]
-        gap = (
-            ""
-            if row["gap"] is None
-            else f"{number(row['gap'], unit)} [{number(row['low'], unit)}, {number(row['high'], unit)}]"
-        )
-        table.add_row(
-            row["variant"],
-            spoken(row["reading"]),
-            number(row["first"], unit),
-            row["run"],
-            number(row["value"], unit),
-            gap,
-        )
-    console().print(table)
+    for run in dict.fromkeys(r["run"] for r in rows):
+        console().print(comparison([r for r in rows if r["run"] == run], runs[0].name or str(runs[0]), run))

@@ -66,4 +66,10 @@ def written(run: Path, variant: str, seed: int, file: Path, packages: frozenset[
         recipe = read_recipe(run / "recipe.yaml")
         test = build(method_of("workload", recipe.workload), Context()).data.test
         report = export_model(model, next(iter(test.batches(64))).inputs, file, tolerance)
-    return str(report)
+    sizes = ", ".join(map(str, report.batches))
+    lines = [
+        f"{report.path}: {report.bytes / 1000:.0f} kB, largest difference {report.difference:.3g} "
+        f"on {report.inputs} real inputs in batches of {sizes} (accepted: {report.tolerance:g} of the largest output)",
+        *report.notes,
+    ]
+    return "\n".join(lines)

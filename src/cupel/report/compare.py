@@ -23,7 +23,7 @@ def differences(
 
     Returns:
         Rows with `run`, `variant`, `probe`, `reading`, `unit`, `better`, `first` (the base's value), `value`,
-        `gap` and its 95% interval `low` to `high`. What cannot be subtracted is None.
+        `gap` and its 95% interval `low` to `high`. What cannot be subtracted is None, and so are timings.
     """
     there = {(p, r): cells for p, r, cells in rows_of(cards[base])}
     lone = next(iter(cards[base]["variants"])) if len(cards[base]["variants"]) == 1 else None
@@ -57,6 +57,8 @@ def _gap(
     cell: Mapping[str, Any], base: Mapping[str, Any] | None, paired: bool
 ) -> tuple[float | None, float | None, float | None]:
     if base is None or cell["value"] is None or base["value"] is None or cell["unit"] != base["unit"]:
+        return None, None, None
+    if cell["unit"] in ("ms", "s"):  # seconds of one run say nothing about those of another hour or machine
         return None, None, None
     if paired and None not in (*cell["seeds"], *base["seeds"]) and len(cell["seeds"]) > 1:
         return difference(cell, base)

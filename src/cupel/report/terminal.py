@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from cupel.report.compare import beyond
 from cupel.report.words import best, number, remarks_of, rows_of, spoken, spread, variants_of, worse
 
 AT_ONCE = 4  # variants side by side in 80 columns
@@ -74,6 +75,31 @@ def _remarks(card: Mapping[str, Any], every: bool) -> list[Text]:
 def _incidents(card: Mapping[str, Any], name: str) -> list[str]:
     found: list[str] = card["variants"][name].get("incidents", [])
     return found
+
+
+def comparison(rows: Sequence[Mapping[str, Any]], base: str, run: str) -> Table:
+    """One run against another: values, and differences with 95% intervals."""
+    table = Table(box=box.SIMPLE_HEAD, width=80, padding=(0, 0), pad_edge=False, show_edge=False, title_justify="left")
+    table.title = Text(f"{run} against {base}")
+    for name, width in (("", 30), ("base", 10), ("there", 10), ("difference", 12), ("95% interval", 18)):
+        table.add_column(name, width=width, justify="left" if not name else "right", overflow="fold")
+    last = ("", "")
+    for row in rows:
+        if (row["variant"], row["probe"]) != last:
+            last = (row["variant"], row["probe"])
+            table.add_row(Text(f"{row['variant']}: {row['probe']}", style="bold"))
+        unit, mark = row["unit"], beyond(row)
+        gap = "" if row["gap"] is None else number(row["gap"], unit)
+        ends = "" if row["low"] is None else f"{number(row['low'], unit)} to {number(row['high'], unit)}"
+        style = {"better": "green", "worse": "red"}.get(mark, "")
+        sign = {"better": "*", "worse": "!"}.get(mark, " ")
+        table.add_row(
+            " " + spoken(row["reading"]), number(row["first"], unit), number(row["value"], unit),
+            Text(gap + sign, style=style), ends,
+        )  # fmt: skip
+    table.caption = Text("* better, ! worse, beyond the interval", style="dim")
+    table.caption_justify = "left"
+    return table
 
 
 def verdict(rule: Mapping[str, Any]) -> Text:

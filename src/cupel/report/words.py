@@ -73,7 +73,7 @@ def number(value: float | None, unit: str = "", digits: int = 3) -> str:
 
 def spread(cell: Mapping[str, Any]) -> str:
     """Half the width of the interval, as `±.012`; empty for exact counts."""
-    if cell["low"] is None or cell["high"] is None:
+    if any(cell[k] is None or not math.isfinite(cell[k]) for k in ("value", "low", "high")):
         return ""
     half = (cell["high"] - cell["low"]) / 2
     return f"±{number(half, cell['unit'], digits=2)}" if half > 0 else ""
