@@ -21,8 +21,8 @@ import torch
 
 from cupel.core.errors import CupelError, DataError, MissingExtra
 from cupel.data.found import Found
-from cupel.intake import raw
 from cupel.intake.data import DataOptions, divide, read_data
+from cupel.intake.datasets import raw
 
 X, Y = np.eye(6), np.arange(6) % 2
 
@@ -238,7 +238,7 @@ def test_gzip_that_is_none_or_too_much(tmp_path: Path, monkeypatch: pytest.Monke
     whole = gzip.compress(b"a,y\n" + b"1,u\n2,v\n" * 1000)
     (tmp_path / "d.csv.gz").write_bytes(whole[:-9])
     refused(tmp_path / "d.csv.gz", "must be a whole file")
-    monkeypatch.setattr("cupel.intake.csvfile.MOST_TEXT", 5000)
+    monkeypatch.setattr("cupel.intake.datasets.csvfile.MOST_TEXT", 5000)
     (tmp_path / "d.csv.gz").write_bytes(whole)
     refused(tmp_path / "d.csv.gz", "it holds more")
     (tmp_path / "z.csv.gz").write_bytes(gzip.compress(bytes(50_000_000)))
@@ -380,7 +380,7 @@ def test_an_empty_class_is_left_out_and_said(zoo: Path) -> None:
 
 
 def test_too_many_class_folders_are_refused_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cupel.intake.folders.MOST_CLASSES", 1000)
+    monkeypatch.setattr("cupel.intake.datasets.folders.MOST_CLASSES", 1000)
     for i in range(1001):
         (tmp_path / "many" / str(i)).mkdir(parents=True)
     refused(tmp_path / "many", "must hold at most 1,000 class folders")

@@ -28,8 +28,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cupel.core.errors import CupelError
-from cupel.intake.factory import fill
 from cupel.intake.models import Brought, read_model
+from cupel.intake.networks.factory import fill
 from cupel.storage.state import save_model
 
 torch.set_num_threads(1)

@@ -20,8 +20,8 @@ from cupel.core.errors import CupelError
 from cupel.core.fit import fit
 from cupel.core.steps import apply, build
 from cupel.core.types import Subject
-from cupel.intake.lifted import Batch, Lifted
 from cupel.intake.models import Brought, read_model
+from cupel.intake.networks.lifted import Batch, Lifted
 from cupel.nets.resnet import ResNet
 from cupel.nets.vit import ViT
 from cupel.ops.ledger import ledger_of

@@ -19,8 +19,8 @@ from cupel.core.context import Context
 from cupel.core.errors import CupelError, MissingExtra
 from cupel.core.steps import build
 from cupel.core.types import Subject
-from cupel.intake import onnx_model
 from cupel.intake.models import read_model
+from cupel.intake.networks import onnx_model
 from cupel.probes.cost.cost import Cost
 from cupel.probes.quality.accuracy import Accuracy
 from cupel.probes.robust.evasion import Evasion

@@ -11,10 +11,10 @@ import torch
 from cupel.core.errors import DataError, MissingData, ParamError, nearest
 from cupel.core.types import Examples
 from cupel.data.found import Found
-from cupel.intake.draw import copies_told, divide, split_found, spread_rows
-from cupel.intake.own import PLACE
-from cupel.intake.raw import DataOptions, Raw, must_fit, shown
-from cupel.intake.settle import counts_told, settle
+from cupel.intake.datasets.draw import copies_told, divide, split_found, spread_rows
+from cupel.intake.datasets.own import PLACE
+from cupel.intake.datasets.raw import DataOptions, Raw, must_fit, shown
+from cupel.intake.datasets.settle import counts_told, settle
 
 FORMS = (
     "a folder of class folders of images, an .npz, .csv, .csv.gz or .parquet file, the name of a data set "
@@ -75,7 +75,7 @@ def _read(source: str, options: DataOptions) -> Raw | Found:
         return replace(raw, notes=(f"{path} read, though a data set has that name too", *raw.notes))
     if PLACE.fullmatch(source):
         _only(options, source, ("target",))
-        from cupel.intake.own import read_own
+        from cupel.intake.datasets.own import read_own
 
         own = read_own(source)
         if isinstance(own, Found):
@@ -104,16 +104,16 @@ def _read_path(path: Path, options: DataOptions) -> Raw:
     name = path.name.lower()
     if path.is_dir():
         _only(options, str(path), ("target", "layout"))
-        from cupel.intake.images import read_images
+        from cupel.intake.datasets.images import read_images
 
         return read_images(path, options)
     if name.endswith(".npz"):
-        from cupel.intake.arrays import read_npz
+        from cupel.intake.datasets.arrays import read_npz
 
         return read_npz(path, options)
     if name.endswith((".csv", ".csv.gz", ".parquet")):
         _only(options, str(path), ("layout", "size", "channels"))
-        from cupel.intake.tables import read_table
+        from cupel.intake.datasets.tables import read_table
 
         return read_table(path, options)
     todo = _CONVERT.get(path.suffix.lower(), "Convert the file.")

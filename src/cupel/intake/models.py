@@ -11,12 +11,12 @@ from torch import nn
 
 from cupel.core.errors import CupelError
 from cupel.core.types import still
-from cupel.intake.batch_free import free
-from cupel.intake.factory import PLACE, read_factory
-from cupel.intake.lift import lift
-from cupel.intake.lifted import Lifted
-from cupel.intake.program import Program, read_program
-from cupel.intake.trying import HOW, agrees, sample_input, tried
+from cupel.intake.networks.batch_free import free
+from cupel.intake.networks.factory import PLACE, read_factory
+from cupel.intake.networks.lift import lift
+from cupel.intake.networks.lifted import Lifted
+from cupel.intake.networks.program import Program, read_program
+from cupel.intake.networks.trying import HOW, agrees, sample_input, tried
 
 FORMS = "pkg.module:factory (with --weights), a program of torch.export (.pt2), or an ONNX file (.onnx)"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -114,7 +114,7 @@ def _try(model: Lifted, program: Program) -> None:
 
 
 def _read_onnx(path: Path) -> Brought:
-    from cupel.intake.onnx_model import read_onnx
+    from cupel.intake.networks.onnx_model import read_onnx
 
     model, shape, notes = read_onnx(path)
     return Brought(model, "onnx", frozenset(), shape, tuple(notes))

@@ -20,8 +20,8 @@ from cupel.core.types import Anatomy, Budget, Examples, Splits, Subject, outputs
 from cupel.data.found import Found
 from cupel.intake.data import DataOptions, divide, read_data
 from cupel.intake.models import Brought, gives_of, read_model
-from cupel.intake.parts import anatomy_of
-from cupel.intake.wrap import Logits, Normalised
+from cupel.intake.networks.parts import anatomy_of
+from cupel.intake.networks.wrap import Logits, Normalised
 from cupel.storage.networks import load_network
 
 CARD = Card(

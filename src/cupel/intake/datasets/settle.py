@@ -8,11 +8,11 @@ import torch
 from cupel.core.errors import DataError
 from cupel.core.types import Bounds, Examples
 from cupel.data.found import Found
-from cupel.intake.draw import copies_told, spread_rows
-from cupel.intake.labels import settle_labels
-from cupel.intake.layouts import KINDS, Kind, arrange, decide
-from cupel.intake.ranges import Scale, Span, declared_scale, inferred_scale, span_of
-from cupel.intake.raw import DataOptions, Raw, count_of, listed, must_fit, shown
+from cupel.intake.datasets.draw import copies_told, spread_rows
+from cupel.intake.datasets.labels import settle_labels
+from cupel.intake.datasets.layouts import KINDS, Kind, arrange, decide
+from cupel.intake.datasets.ranges import Scale, Span, declared_scale, inferred_scale, span_of
+from cupel.intake.datasets.raw import DataOptions, Raw, count_of, listed, must_fit, shown
 
 
 def settle(raw: Raw, options: DataOptions) -> Found:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cupel.intake.functions import function_of
+from cupel.intake.networks.functions import function_of
 
 
 @dataclass(frozen=True)

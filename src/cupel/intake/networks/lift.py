@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from cupel.core.errors import CupelError
-from cupel.intake.functions import LAYERS_ONLY
-from cupel.intake.graph import Node, made_by
-from cupel.intake.lifted import Held, Lifted, Mode, Plan, Rate, Step, Value, marks_in
-from cupel.intake.liveness import in_place, living, writes_to
-from cupel.intake.program import Program, Tied
-from cupel.intake.reader import Layer, Reader
-from cupel.intake.rules import RULES
+from cupel.intake.networks.functions import LAYERS_ONLY
+from cupel.intake.networks.graph import Node, made_by
+from cupel.intake.networks.lifted import Held, Lifted, Mode, Plan, Rate, Step, Value, marks_in
+from cupel.intake.networks.liveness import in_place, living, writes_to
+from cupel.intake.networks.program import Program, Tied
+from cupel.intake.networks.reader import Layer, Reader
+from cupel.intake.networks.rules import RULES
 
 # Arguments that say whether the network was training when it was exported; the lifted network decides anew.
 _MODES = {"lstm": "train", "gru": "train", "rnn_tanh": "train", "rnn_relu": "train", "alpha_dropout": "train",

@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from cupel.core.errors import DataError, nearest
-from cupel.intake.csvfile import open_csv
-from cupel.intake.parquet import open_parquet
-from cupel.intake.raw import DataOptions, Raw, count_of, listed, must_fit, shown
+from cupel.intake.datasets.csvfile import open_csv
+from cupel.intake.datasets.parquet import open_parquet
+from cupel.intake.datasets.raw import DataOptions, Raw, count_of, listed, must_fit, shown
 
 MOST_LEVELS = 64  # distinct words of a column that becomes one-hot
 _GAPS = frozenset({"", "na", "n/a", "nan", "null", "?"})

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from cupel.core.errors import DataError
-from cupel.intake.raw import count_of, listed, shown
+from cupel.intake.datasets.raw import count_of, listed, shown
 
 MOST_CLASSES = 100_000
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,14}")

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from cupel.intake.graph import Node
-from cupel.intake.lifted import Value
-from cupel.intake.program import Program, Tied
+from cupel.intake.networks.graph import Node
+from cupel.intake.networks.lifted import Value
+from cupel.intake.networks.program import Program, Tied
 
 
 @dataclass(frozen=True)

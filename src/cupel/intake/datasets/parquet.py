@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupel.core.errors import DataError, MissingExtra
-from cupel.intake.raw import listed, must_fit, regular_file, shown
+from cupel.intake.datasets.raw import listed, must_fit, regular_file, shown
 
 _BLOCK = 8192  # rows
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cupel.core.errors import DataError, MissingExtra
-from cupel.intake.draw import stratified_choice
-from cupel.intake.folders import Folder, Picture, walk
-from cupel.intake.raw import DataOptions, Raw, count_of, free_bytes, gib, shown
+from cupel.intake.datasets.draw import stratified_choice
+from cupel.intake.datasets.folders import Folder, Picture, walk
+from cupel.intake.datasets.raw import DataOptions, Raw, count_of, free_bytes, gib, shown
 
 if TYPE_CHECKING:
     from PIL import Image

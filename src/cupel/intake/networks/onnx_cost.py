@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupel.core.errors import CupelError
-from cupel.intake.onnx_file import MAX_VALUES, libraries
+from cupel.intake.networks.onnx_file import MAX_VALUES, libraries
 
 Shape = tuple[int, ...]
 _VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"}

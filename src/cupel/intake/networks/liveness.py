@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from cupel.intake.lifted import Step, Value, marks_in
+from cupel.intake.networks.lifted import Step, Value, marks_in
 
 _ALIASES = ("view", "reshape", "transpose", "t", "permute", "slice", "select", "expand", "squeeze", "unsqueeze",
             "alias", "detach", "flatten", "contiguous", "to", "chunk", "split", "unbind", "unflatten")  # fmt: skip

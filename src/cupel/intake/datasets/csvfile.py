@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 
 from cupel.core.errors import DataError
-from cupel.intake.raw import gib, listed, regular_file
+from cupel.intake.datasets.raw import gib, listed, regular_file
 
 MOST_TEXT = 2 * 2**30  # bytes of text, unpacked
 MOST_LINE = 2**20

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cupel.core.errors import CupelError
-from cupel.intake.archive import DTYPES, Archive, number, payloads
-from cupel.intake.graph import PATH, Node, made_by, name_of, nodes_of, only
+from cupel.intake.networks.archive import DTYPES, Archive, number, payloads
+from cupel.intake.networks.graph import PATH, Node, made_by, name_of, nodes_of, only
 
 SCHEMA = 8  # major version of the schema that this reader knows
 _READ = ("models/model.json", "data/weights/", "data/constants/")

@@ -15,7 +15,7 @@ from torch import Tensor
 from cupel.core.errors import CupelError, DataError, nearest
 from cupel.core.types import Examples, Splits
 from cupel.data.found import Found
-from cupel.intake.raw import Raw, free_bytes, gib, shown
+from cupel.intake.datasets.raw import Raw, free_bytes, gib, shown
 
 PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _PARTS = {"train": "train", "valid": "valid", "val": "valid", "test": "test", "all": "all"}

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from cupel.core.errors import CupelError
-from cupel.intake.archive import DTYPES, number
-from cupel.intake.functions import check_target
-from cupel.intake.lifted import Place, Value
+from cupel.intake.networks.archive import DTYPES, number
+from cupel.intake.networks.functions import check_target
+from cupel.intake.networks.lifted import Place, Value
 
 _NAME = re.compile(r"[A-Za-z_]\w{0,200}\Z")
 PATH = re.compile(r"\w{1,120}(\.\w{1,120}){0,40}\Z")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from cupel.core.errors import DataError, nearest
-from cupel.intake.npz import Npz, Stored
-from cupel.intake.raw import DataOptions, Raw, listed
+from cupel.intake.datasets.npz import Npz, Stored
+from cupel.intake.datasets.raw import DataOptions, Raw, listed
 
 # names of inputs and labels that belong together, lower case
 _PAIRS = (

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cupel.core.errors import CupelError
-from cupel.intake.onnx_cost import check_sizes, cost_of
-from cupel.intake.onnx_file import libraries, parsed
+from cupel.intake.networks.onnx_cost import check_sizes, cost_of
+from cupel.intake.networks.onnx_file import libraries, parsed
 
 # Live sessions by module: they can be neither copied nor pickled, so each copy of a module opens its own.
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()

@@ -11,7 +11,7 @@ import torch
 from cupel.core.errors import DataError, ParamError
 from cupel.core.types import Examples, Splits
 from cupel.data.found import Found
-from cupel.intake.raw import count_of, listed, shown
+from cupel.intake.datasets.raw import count_of, listed, shown
 
 
 def spread_rows(

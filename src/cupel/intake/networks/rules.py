@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from cupel.intake.lifted import Value
-from cupel.intake.program import Tied
-from cupel.intake.reader import Layer, Reader
+from cupel.intake.networks.lifted import Value
+from cupel.intake.networks.program import Tied
+from cupel.intake.networks.reader import Layer, Reader
 
 
 def _layer(

@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 
 from cupel.core.errors import DataError
-from cupel.intake.raw import count_of, must_fit, regular_file, shown
+from cupel.intake.datasets.raw import count_of, must_fit, regular_file, shown
 
 _MOST_ARRAYS = 1000
 _BROKEN = (

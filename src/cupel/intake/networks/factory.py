@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cupel.core.errors import CupelError, nearest
-from cupel.intake.archive import weights_only
+from cupel.intake.networks.archive import weights_only
 from cupel.storage.state import load_into
 
 PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)

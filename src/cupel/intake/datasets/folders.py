@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cupel.core.errors import DataError
-from cupel.intake.raw import count_of, listed, shown
+from cupel.intake.datasets.raw import count_of, listed, shown
 
 MOST_CLASSES = 20_000
 MOST_FILES = 5_000_000

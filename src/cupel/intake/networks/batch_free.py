@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cupel.core.errors import CupelError
 from cupel.core.types import still
-from cupel.intake.lifted import Batch, Lifted, Plan, Step, Value, marks_in
-from cupel.intake.trying import FAILURES, HOW, agrees, once, sample_input, tried
+from cupel.intake.networks.lifted import Batch, Lifted, Plan, Step, Value, marks_in
+from cupel.intake.networks.trying import FAILURES, HOW, agrees, once, sample_input, tried
 
 # Where each function takes a list of sizes, or the one size that may be the batch.
 _RESHAPING = {"view.default": 1, "reshape.default": 1, "_unsafe_view.default": 1, "expand.default": 1,

@@ -1,0 +1,1 @@
+"""Readers of the user's data, one kind of source a file."""
