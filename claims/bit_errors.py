@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cupel.core.context import Context
 from cupel.core.fit import fit
+from cupel.core.scorecard import Readings
 from cupel.core.steps import apply, build
 from cupel.core.types import Subject
 from cupel.ops.bit_flips import fault_positions, flipped, from_fixed, to_fixed
@@ -74,13 +75,18 @@ def by_format(subject: Subject, rate: float, draws: int, seed: int) -> dict[str,
     return found
 
 
+def _by_bit(found: Readings) -> list[float]:
+    return [y for _, y in found.figures["accuracy_by_bit"]["series"]["accuracy"]]
+
+
 def measure(seed: int, quick: bool) -> dict[str, float]:
     subject = build(DigitsCnn(width=16), Context(seed=seed))
     budget = replace(subject.budget, epochs=4 if quick else 10)
     subject = subject.with_model(fit(subject.model, subject.data, subject.task, budget=budget, seed=seed))
     probe = BitErrors(draws=10 if quick else 30, scan=4 if quick else 12)
     plain, codes = (probe.measure(s, Context(seed=seed)) for s in (subject, apply(Int8PTQ(), subject, seed=seed)))
-    by_bit, clean = plain.figures["by_bit"], plain.figures["clean"]
+    by_bit, clean = _by_bit(plain), plain.figures["accuracy_by_rate"]["clean"]
+    codes_clean = codes.figures["accuracy_by_rate"]["clean"]
     return {
         "worst_bit_is_30": float(plain["worst_bit"].value == 30),
         "worst_bit_cost": clean - by_bit[30],
@@ -88,9 +94,9 @@ def measure(seed: int, quick: bool) -> dict[str, float]:
         "gain_8_bit": codes["accuracy_1_in_1e4"].value - plain["accuracy_1_in_1e4"].value,
         "tolerance_ratio": codes["rate_one_point"].value / plain["rate_one_point"].value,
         "sign_cost": clean - by_bit[31],
-        "worst_code_bit_cost": codes.figures["clean"] - min(codes.figures["by_bit"]),
+        "worst_code_bit_cost": codes_clean - min(_by_bit(codes)),
         "clean_float32": clean,
-        "clean_8_bit": codes.figures["clean"],
+        "clean_8_bit": codes_clean,
         "float32_at_1e4": plain["accuracy_1_in_1e4"].value,
         "8_bit_at_1e4": codes["accuracy_1_in_1e4"].value,
         "8_bit_at_1e3": codes["accuracy_1_in_1e3"].value,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import struct
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,6 +35,11 @@ class Signs(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         own = self.weight[x[:, 0].long()]
         return torch.stack([own, -own], dim=1)
+
+
+def drawn(found, figure):
+    """The values of a figure's first line."""
+    return [y for _, y in next(iter(found.figures[figure]["series"].values()))]
 
 
 def subject_of(model: nn.Module, count: int) -> Subject:
@@ -108,7 +114,7 @@ def test_accuracy_under_faults_is_the_chance_that_a_sign_survives() -> None:
     for name, p in NAMED.items():
         known = (1 - p) * (1 - p * (1 - p) ** 7)
         assert abs(found[name].value - known) < 5 * (2 * p / 160_000) ** 0.5 + 1e-5, name
-    lost = [1 - a for a in found.figures["by_bit"]]
+    lost = [1 - a for a in drawn(found, "accuracy_by_bit")]
     assert [bit for bit, gone in enumerate(lost) if gone > 0] == [30, 31]
     assert found["worst_bit"].value in (30, 31) and found["stored_bits"].value == 128_000
     assert found["rate_half"].value == RATES[-1] and any("rate_half lies outside" in n for n in found.notes)
@@ -117,8 +123,8 @@ def test_accuracy_under_faults_is_the_chance_that_a_sign_survives() -> None:
 def test_faults_of_a_lower_rate_are_among_those_of_a_higher_one() -> None:
     """Signs that no other flip can mend: what is wrong at a rate stays wrong, so every draw's curve falls."""
     found = BitErrors(draws=3, examples=0).measure(subject_of(Signs(3000), 3000), Context(seed=3))
-    assert all(b <= a + 1e-3 for a, b in zip(found.figures["accuracy"], found.figures["accuracy"][1:], strict=False))
-    ratios = [b / a for a, b in zip(found.figures["flips"][2:], found.figures["flips"][3:], strict=False)]
+    assert all(b <= a + 1e-3 for a, b in pairwise(drawn(found, "accuracy_by_rate")))
+    ratios = [b / a for a, b in pairwise(drawn(found, "bits_flipped")[2:])]
     assert all(1.8 < r < 6 for r in ratios)  # half decades: 3.16
 
 
@@ -152,7 +158,7 @@ def test_int8_networks_are_hit_in_their_codes() -> None:
     changed = {n: (after[n].int_repr().int() - state[n].int_repr().int()).abs() for n in names}
     assert int(changed[names[0]].sum()) == 128 and all(int(changed[n].sum()) == 0 for n in names[1:])
     found = BitErrors(draws=2, scan=1, examples=20).measure(small, Context())
-    assert len(found.figures["by_bit"]) == 8
+    assert len(drawn(found, "accuracy_by_bit")) == 8
     plain = BitErrors(draws=2, scan=1, examples=20).measure(subject, Context())
     assert plain["stored_bits"].value > 3 * found["stored_bits"].value
 

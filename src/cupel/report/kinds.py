@@ -15,7 +15,8 @@ from cupel.report.words import label
 
 _LISTING = 4000  # characters of a figure that nothing knows how to draw
 _LABELS = 60
-_CLASSES = ("class", "label", "read_as", "truth", "target")  # keys that hold the number of a class
+_CLASSES = ("class", "label", "read_as", "truth", "target", "given", "suggested", "true")  # numbers of classes
+_ROWS = ("row", "index", "example")  # keys that hold the number of an example: names, not amounts
 Found = dict[str, Any]
 
 
@@ -117,26 +118,35 @@ def _list(key: str, value: list[Any], beside: Mapping[str, Any]) -> Found:
         return {"kind": "images", "items": [{"words": "", "pictures": [picture(key, value, span_of([{key: value}]))]}]}
     if all(isinstance(v, dict) and v for v in value):
         pictured = any(is_picture(x) for v in value for x in v.values())
-        return _images(value, beside) if pictured else _records(value)
+        return _images(value, beside) if pictured else _records(value, beside)
     if all(isinstance(v, (str, bool)) or is_number(v) or v is None for v in value):
-        return _records([{"": v} for v in value])
+        return _records([{"": v} for v in value], beside)
     return _listing(value)
 
 
 def _mapping(key: str, value: dict[str, Any], beside: Mapping[str, Any]) -> Found:
     items = list(value.values())
+    if {"x", "y", "series"} <= value.keys():
+        return _told_lines(value)
     if all(v is None or is_number(v) for v in items):
         few = len(value) <= _LABELS
-        return _dots(key, value) if few else _records([{"": k, label(key): v} for k, v in value.items()])
+        return _dots(key, value) if few else _records([{"": k, label(key): v} for k, v in value.items()], beside)
     if all(depth(v) == 1 for v in items):
         return _sequence({label(k): v for k, v in value.items()})
     if all(isinstance(v, dict) and v for v in items):
-        return _records([{"": label(k), **v} for k, v in value.items()])
+        return _records([{"": label(k), **v} for k, v in value.items()], beside)
     if any(is_picture(v) for v in items) and all(is_picture(v) or not isinstance(v, (list, dict)) for v in items):
         return _images([value], beside)
     if all(isinstance(v, (str, bool)) or is_number(v) or v is None for v in items):
         return {"kind": "facts", "facts": [[label(k), short(v)] for k, v in value.items()]}
     return _listing(value)
+
+
+def _told_lines(value: Mapping[str, Any]) -> Found:
+    """Lines that a probe describes itself: words for both axes, points `[x, y]` by name, and a note."""
+    series = {label(str(k)): [[short(a), short(b)] for a, b in line] for k, line in value["series"].items()}
+    axes = {"x": str(value["x"]), "y": str(value["y"]), "share": bool(value.get("share"))}
+    return {"kind": "lines", **axes, "series": series, "note": str(value.get("note", ""))}
 
 
 def _dots(key: str, value: Mapping[str, float | None]) -> Found:
@@ -160,12 +170,8 @@ def _matrix(key: str, value: list[list[Any]]) -> Found:
 
 
 def _images(value: list[dict[str, Any]], beside: Mapping[str, Any]) -> Found:
-    names = beside["classes"] if isinstance(beside.get("classes"), list) else []
-
     def word(key: str, found: Any) -> str:
-        whole = isinstance(found, int) and not isinstance(found, bool)
-        named = whole and key in _CLASSES and 0 <= found < len(names)
-        return f"{label(key)} {names[found] if named else short(found)}"
+        return f"{label(key)} {_named(key, found, beside)}"
 
     span = span_of(value)
     items = []
@@ -175,16 +181,25 @@ def _images(value: list[dict[str, Any]], beside: Mapping[str, Any]) -> Found:
     return {"kind": "images", "items": items}
 
 
-def _records(value: list[dict[str, Any]]) -> Found:
+def _named(key: str, found: Any, beside: Mapping[str, Any]) -> Any:
+    """The name of a class in place of its number, where both are known; other values short."""
+    names = beside["classes"] if isinstance(beside.get("classes"), list) else []
+    whole = isinstance(found, int) and not isinstance(found, bool)
+    if whole and key in _CLASSES:
+        return names[found] if 0 <= found < len(names) else str(found)
+    return str(found) if whole and key in _ROWS else short(found)
+
+
+def _records(value: list[dict[str, Any]], beside: Mapping[str, Any]) -> Found:
     keys: list[str] = []
     for row in value:
         keys += [k for k in row if k not in keys]
-    cells = [[_cell(row.get(k)) for k in keys] for row in value]
+    cells = [[_cell(k, row.get(k), beside) for k in keys] for row in value]
     return {"kind": "records", "columns": [label(k) for k in keys], "rows": cells}
 
 
-def _cell(value: Any) -> Any:
-    return short(value) if not isinstance(value, (list, dict)) else _told(value)
+def _cell(key: str, value: Any, beside: Mapping[str, Any]) -> Any:
+    return _named(key, value, beside) if not isinstance(value, (list, dict)) else _told(value)
 
 
 def _listing(value: Any) -> Found:

@@ -11,6 +11,8 @@ import io
 import json
 import math
 import pickle
+import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -108,10 +110,13 @@ def weights_only(data: bytes, name: str) -> Any:
     if data[:2] == b"PK":
         Archive(io.BytesIO(data), name)
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols; what cannot be read is told below
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         said = str(error)
-        kind = next((w.strip(" `'\".,") for w in said.split() if "." in w.strip("`'\".,")[1:]), "other objects")
+        named = re.search(r"GLOBAL ([A-Za-z_][\w.]*)", said)
+        kind = named[1] if named else "other objects"
         if "GLOBAL" in said or "nsupported" in said:
             raise CupelError(
                 f"{name} must hold tensors alone; it is a pickle with more in it ({kind}), which could run code. "

@@ -161,10 +161,16 @@ class BitErrors:
                 else []
             ),
         ]
+        ends = {"accuracy": "value", "95% low": "low", "95% high": "high"}
+        curves = {name: [getattr(r, end) for r in both] for name, end in ends.items()}
+        per_bit = [sum(found) / len(found) / count for found in scanned]
         figures = {
-            "rates": list(RATES), "flips": flips, "clean": clean / count, "accuracy": [r.value for r in both],
-            "low": [r.low for r in both], "high": [r.high for r in both],
-            "by_bit": [sum(found) / len(found) / count for found in scanned],
+            "accuracy_by_rate": _over_rates("accuracy", True, curves) | {"clean": clean / count},
+            "bits_flipped": _over_rates("bits", False, {"bits flipped": flips}),
+            "accuracy_by_bit": {
+                "x": "position of the flipped bit, 0 the lowest", "y": "accuracy", "share": True,
+                "series": {"accuracy": [list(point) for point in enumerate(per_bit)]},
+            },
         }  # fmt: skip
         named = {name: both[RATES.index(rate)] for name, rate in NAMED.items()}
         return Readings.of(
@@ -226,6 +232,12 @@ class BitErrors:
             [memory.hits({name: torch.tensor([word * width + bit])}) for name, word in places] for bit in range(width)
         ]
         return width, memory.state[places[0][0]], found
+
+
+def _over_rates(y: str, share: bool, values: Mapping[str, Sequence[float | None]]) -> dict[str, object]:
+    tens = [round(math.log10(rate), 3) for rate in RATES]
+    series = {name: [list(point) for point in zip(tens, line, strict=True)] for name, line in values.items()}
+    return {"x": "share of bits flipped, as a power of ten", "y": y, "share": share, "series": series}
 
 
 def _rate(curve: Sequence[Reading], bar: float) -> Reading:
