@@ -85,6 +85,9 @@ class Keeper:
 
     def finish(self) -> None:
         """The scorecard is written: nothing will be resumed."""
+        for name in ("nodes", "probes"):
+            shutil.rmtree(self.hidden / name, ignore_errors=True)
+        (self.hidden / "run.json").unlink(missing_ok=True)  # until here a kill leaves a run to resume, and no work in it
         shutil.rmtree(self.hidden, ignore_errors=True)
 
 
@@ -118,6 +121,8 @@ def kept(folder: Path, recipe: Mapping[str, Any], device: str, resume: bool) -> 
             facts, path = _facts(recipe, device), folder / HIDDEN / "run.json"
             if resume:
                 _check_same(path, facts)
+                for half in folder.rglob("*.part"):  # what a killed process was writing
+                    half.unlink(missing_ok=True)
             else:
                 _check_new(folder)  # once more: another run may have been quicker
                 text = yaml.safe_dump(_listed(recipe), sort_keys=False, allow_unicode=True)

@@ -21,7 +21,7 @@ from cupel.runner.plan import Plan, make_plan
 from cupel.runner.recipe import Recipe, recipe_of
 from cupel.runner.track import check_tracker
 from cupel.runner.track import track as tracked
-from cupel.storage.cards import write_json
+from cupel.storage.cards import read_scorecard, write_json
 
 ON = ("local", "ray")
 
@@ -69,8 +69,11 @@ def run(
     if out is None or follows():
         return _carry_out(plan, device, jobs, on, None, tell)
     with kept(Path(out), chosen.plain(), device, resume) as keeper:
-        card = _carry_out(plan, device, jobs, on, keeper, tell)
-        write_run(keeper.folder, card)
+        if keeper.resumed and (keeper.folder / "scorecard.json").exists():  # it was stopped while tidying up
+            card = read_scorecard(keeper.folder)
+        else:
+            card = _carry_out(plan, device, jobs, on, keeper, tell)
+            write_run(keeper.folder, card)
         if track:
             tracked(card, keeper.folder, track)
         keeper.finish()
