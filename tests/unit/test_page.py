@@ -481,3 +481,17 @@ def test_both_ways_into_a_theme_give_the_same_colours() -> None:
 def test_headings_descend_one_at_a_time() -> None:
     levels = [int(t[1]) for t, _ in Reader(page(card_of())).tags if re.fullmatch(r"h[1-6]", t)]
     assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
+
+
+def test_one_variant_is_offered_nothing_to_choose() -> None:
+    assert '<body class="single">' in page(card_of(variants=1))
+    assert '<body class="">' in page(card_of(variants=2))
+
+
+def test_a_figure_may_describe_its_own_lines_and_tables_name_classes() -> None:
+    own = {"x": "rate", "y": "accuracy", "share": True, "series": {"kept": [[-6, 0.5], [-5, None]]}, "note": "n"}
+    found = drawn({"own": own})["own"]
+    assert found["kind"] == "lines" and found["x"] == "rate" and found["series"] == {"kept": [[-6, 0.5], [-5, None]]}
+    rows = [{"index": 7, "given": 0, "suggested": 1, "share": 0.25}]
+    assert drawn({"r": rows}, ["cat", "<b>"])["r"]["rows"] == [["7", "cat", "<b>", 0.25]]
+    assert drawn({"r": rows})["r"]["rows"] == [["7", "0", "1", 0.25]]

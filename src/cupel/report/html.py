@@ -29,6 +29,7 @@ def page(card: Mapping[str, Any], limit: int = LIMIT) -> str:
     card = plain(card)
     parts = {
         "TITLE": html.escape(told.title(card)),
+        "SINGLE": "single" if len(card["variants"]) == 1 else "",
         "EARLY": assets.early(),
         "STYLE": assets.style(),
         "SUMMARY": told.summary(card),
