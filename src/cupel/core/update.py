@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from cupel.core.errors import ParamError, nearest
+from cupel.core.errors import ParamError, PlanError, nearest
 from cupel.core.types import Budget
 
 
@@ -18,6 +18,8 @@ class TorchUpdate:
 
     def __init__(self, params: Mapping[str, nn.Parameter], budget: Budget) -> None:
         self.params = dict(params)
+        if not self.params:
+            raise PlanError("a network must have a parameter to train; all of it is frozen. Leave the fit out.")
         values = list(self.params.values())
         lr, decay = budget.lr, budget.weight_decay
         makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
