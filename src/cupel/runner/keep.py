@@ -87,7 +87,7 @@ class Keeper:
         """The scorecard is written: nothing will be resumed."""
         for name in ("nodes", "probes"):
             shutil.rmtree(self.hidden / name, ignore_errors=True)
-        (self.hidden / "run.json").unlink(missing_ok=True)  # until here a kill leaves a run to resume, and no work in it
+        (self.hidden / "run.json").unlink(missing_ok=True)  # a kill before this leaves a run to resume, its work done
         shutil.rmtree(self.hidden, ignore_errors=True)
 
 
