@@ -134,7 +134,7 @@ class _Run:
             node = self.plan.nodes[key]
             events = self.made[key].curve
             outcome.curve = [{**e, "step": node.name} for e in events if e.get("kind") == "epoch"] + outcome.curve
-            outcome.told = [e["text"] for e in events if e.get("kind") == "note"] + outcome.told
+            outcome.told = [str(e["text"]) for e in events if e.get("kind") == "note" and "text" in e] + outcome.told
             outcome.classes = next((e["names"] for e in events if e.get("kind") == "classes"), outcome.classes)
             key = node.parent
         if self.keeper is not None:

@@ -110,7 +110,7 @@ class FitAct:
             if score >= min(floor, best):
                 best, kept = score, [b.detach().clone() for b in bounds]
         if best < floor:
-            ctx.log(kind="note", note=f"no bounds keep the accuracy within {self.tolerance:g}; the best has {best:.4f}")
+            ctx.log(kind="note", text=f"no bounds keep the accuracy within {self.tolerance:g}; the best has {best:.4f}")
         with torch.no_grad():
             for b, value in zip(bounds, kept, strict=True):
                 b.copy_(value)
