@@ -185,7 +185,7 @@ def test_training_ends_when_accuracy_falls_and_the_last_good_bounds_stay(dense: 
     curve = [t["accuracy"] for t in told if t["kind"] == "fitact"]
     assert len(curve) < 30 and curve[-1] < plain - 0.1 and min(curve[:-1]) >= plain - 0.1 - 1e-9
     assert accuracy(made, valid, dense.task) == curve[-2] >= plain - 0.1
-    assert not any("no bounds keep" in str(t.get("note")) for t in told)
+    assert not any("no bounds keep" in str(t.get("text")) for t in told)
     far, told = logged(replace(hasty, epochs=len(curve), tolerance=1.0), dense)
     assert accuracy(far, valid, dense.task) == curve[-1]
     assert sum(t["kind"] == "fitact" for t in told) == len(curve)
@@ -200,7 +200,7 @@ def test_a_bad_start_is_trained_on_and_told(dense: Subject) -> None:
     curve = [t["accuracy"] for t in told if t["kind"] == "fitact"]
     assert len(curve) == 3  # no end before the first good ones
     assert accuracy(made, dense.data.valid, dense.task) == max(start, *curve)
-    assert any("no bounds keep the accuracy within 0" in str(t.get("note")) for t in told)
+    assert any("no bounds keep the accuracy within 0" in str(t.get("text")) for t in told)
     rough = replace(gentle, slope=0.3, lr=5.0, weight=50.0)  # training makes it worse still: the start stays
     start = accuracy(logged(replace(rough, epochs=0), dense)[0], dense.data.valid, dense.task)
     worse, told = logged(rough, dense)

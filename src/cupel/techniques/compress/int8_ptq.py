@@ -145,7 +145,7 @@ class Int8PTQ:
                 return Int8Net(_whole(model, _single(inputs), engine), dtype, True).eval()
             except Exception as error:  # a forward can defeat torch.fx in any way
                 ctx.log(
-                    kind="note", note=f"layers are converted one by one: torch.fx cannot trace the network: {error}"
+                    kind="note", text=f"layers are converted one by one: torch.fx cannot trace the network: {error}"
                 )
             return Int8Net(_by_layer(model, _single(inputs), engine), dtype, False).eval()
 
