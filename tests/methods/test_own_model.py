@@ -16,6 +16,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cupel.cli import app
+from cupel.core.errors import PlanError
+from cupel.runner.plan import make_plan
+from cupel.runner.recipe import recipe_of
 
 torch.set_num_threads(1)
 MODULE = """
@@ -237,3 +240,9 @@ def test_networks_without_a_plain_form_say_so(place: Path, tmp_path: Path) -> No
     done = check(place, "own_nets:closed", tmp_path / "run", "--weights", place / "net.pt")
     assert done.exit_code in (1, 2) and "module level" in " ".join(done.output.split()), done.output
     assert "Traceback" not in done.output
+
+
+def test_the_original_cannot_be_given_as_well() -> None:
+    own = {"own-model": {"model": "cupel.nets.convnet:small", "data": "digits"}}
+    with pytest.raises(PlanError, match="Leave original out"):
+        make_plan(recipe_of(workload=own, given={"original": {"workload": "digits-cnn", "steps": []}}, steps=["fit"]))

@@ -65,9 +65,16 @@ def make_plan(recipe: Recipe) -> Plan:
         PlanError, ParamError, MissingExtra: with the line at fault.
     """
     plan = Plan(recipe)
-    given = frozenset(recipe.given)
     for spec in recipe.given.values():
         _check_given(spec, plan)
+    laid = frozenset(known("workload", recipe.workload, plan).card.writes)
+    given = laid | frozenset(recipe.given)
+    twice = sorted(laid & set(recipe.given))
+    if twice:
+        raise PlanError(
+            f"artefact {twice[0]!r} must be written once; {recipe.workload.name} lays it on the shelf itself. "
+            f"Leave {twice[0]} out of `given:`."
+        )
     for name, steps in recipe.variants.items():
         plan.gives[name] = _check_steps(recipe.workload, steps, given, plan)
     _check_probes(recipe, plan)

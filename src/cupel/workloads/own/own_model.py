@@ -32,6 +32,7 @@ CARD = Card(
     gives=(
         "weights", "gradients", "classes", "images", "series", "bounded", "blocks", "batchnorm", "attention", "members"
     ),
+    writes=("original",),
     tiny={"model": "cupel.nets.convnet:small", "data": "digits", "limit": 96},
 )  # fmt: skip
 
