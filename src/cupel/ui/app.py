@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from functools import cache
@@ -186,7 +187,7 @@ def _scorecard(summary: Summary, folder: Path, strip: str) -> Response:
         line = f"scorecard.json has a part that cannot be drawn ({type(error).__name__}: {str(error)[:80]})."
         return _line(summary.name, line, 200, strip)
     link = f'<link rel="stylesheet" href="/static/ui.css?{version()}">\n</head>'
-    text = text.replace("</head>", link, 1).replace("<body>", f"<body>\n{strip}", 1)
+    text = re.sub("<body[^>]*>", lambda found: f"{found[0]}\n{strip}", text.replace("</head>", link, 1), count=1)
     trusted = [assets.early(), *assets.scripts(), assets.page_script()]
     return _answer(text, "text/html; charset=utf-8", {"content-security-policy": policy.by_hash(trusted)})
 
