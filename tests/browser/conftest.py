@@ -16,7 +16,7 @@ QUIET = [
 HERE = {"", "127.0.0.1", "localhost"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not the session: while it is open, other tests of this process cannot use asyncio
 def browser() -> Iterator[Any]:
     """Chromium, or a skip that names what is missing."""
     api = pytest.importorskip("playwright.sync_api", reason="browser tests need the package playwright")

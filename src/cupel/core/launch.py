@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import pickle
@@ -41,6 +42,8 @@ def joined(kind: str, patience: float = PATIENCE) -> World:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), timeout=timedelta(seconds=patience))
     fabric = Fabric(accelerator=kind, strategy=strategy, devices=here, num_nodes=size // here)
+    if not torch.distributed.is_initialized():
+        atexit.register(_leave)
     log = logging.getLogger("lightning_fabric")
     level = log.level
     log.setLevel(logging.WARNING)
@@ -49,6 +52,12 @@ def joined(kind: str, patience: float = PATIENCE) -> World:
     finally:
         log.setLevel(level)
     return World(fabric.global_rank, fabric.world_size, fabric.device)
+
+
+def _leave() -> None:
+    """Close the group before the interpreter ends: its threads, left running, would abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def launched(
