@@ -131,5 +131,5 @@ def test_outputs_that_are_no_distribution_are_refused():
     p, y = random_case(20)
     subject = says(p, y)
     flat = replace(subject.data.test, targets=torch.rand(20))
-    with pytest.raises(NotApplicable, match="one class each"):
+    with pytest.raises(NotApplicable, match="must have test examples with one class each"):
         Calibration().measure(subject.with_data(Splits(flat, flat, flat)), Context())

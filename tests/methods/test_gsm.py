@@ -270,6 +270,8 @@ def test_the_log_tells_how_far_the_slide_goes_and_what_the_cut_took() -> None:
     assert told[1]["cut"] == pytest.approx(1 - left / whole) and set(told[1]["kept"]) == {"conv.weight", "head.weight"}
     GSM(momentum=0.9).hook(ctx).start(at)
     assert told[2]["shrinkage"] == pytest.approx(2.0) and not told[2]["enough"]
+    notes = [t["text"] for t in told if t["kind"] == "note"]  # reach the scorecard; only the short slide is one
+    assert len(notes) == 1 and "exp(-2) only" in notes[0] and "Raise epochs" in notes[0]
 
 
 class Opaque:

@@ -165,6 +165,7 @@ def _check_resumable(folder: Path) -> None:
     if (folder / HIDDEN / "run.json").exists() and (folder / "recipe.yaml").exists():
         return
     if (folder / "scorecard.json").exists():
+        shutil.rmtree(folder / HIDDEN, ignore_errors=True)  # the rest of a run that was killed after its last deed
         raise RecipeError(f"a run to resume must be unfinished; {folder} has its scorecard. There is nothing to do.")
     raise RecipeError(f"a run to resume must have begun; {folder} holds none. Start it with `cupel run`.")
 

@@ -16,8 +16,7 @@ def content(folder: Path) -> dict[str, Any]:
         return [without(v) for v in value] if isinstance(value, list) else value
 
     found: dict[str, Any] = {}
-    kept = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".html" and ".cupel" not in p.parts)
-    for path in sorted(kept):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".html"):
         name = str(path.relative_to(folder))
         if path.suffix == ".json":
             found[name] = without(json.loads(path.read_text(encoding="utf-8")))

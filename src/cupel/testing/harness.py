@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cupel.core.catalogue import Entry, entries, find
 from cupel.core.context import Context
-from cupel.core.errors import PlanError
+from cupel.core.errors import MissingData, PlanError
 from cupel.core.protocols import Hook
 from cupel.core.steps import ApplyStep, FitStep, Step, build
 from cupel.core.types import Batch, Examples, Splits, Subject
@@ -30,13 +30,22 @@ def tiny(entry: Entry, **more: Any) -> Any:
 
 
 def workload_for(entry: Entry) -> Entry:
-    """The first workload (digits-cnn before all, the user's own last) that gives what a method needs."""
-    known = sorted(entries("workload"), key=lambda e: (e.card().family == "own", e.name != "digits-cnn", e.name))
-    needs = set(entry.card().needs)
+    """The first workload (digits-cnn before all) that gives what a method needs, also in its tiny form."""
+    known = sorted(entries("workload"), key=lambda e: (e.name != "digits-cnn", e.name))
+    needs = frozenset(entry.card().needs)
     for candidate in known:
-        if needs <= set(candidate.card().gives):
+        if needs <= set(candidate.card().gives) and needs <= _given_by(candidate.name):
             return candidate
     raise PlanError(f"{entry.name} must find a workload that gives {sorted(needs)}; none does. Correct `needs`.")
+
+
+@lru_cache
+def _given_by(workload: str) -> frozenset[str]:
+    """What a workload's tiny form really gives; its card's word where the data are not here."""
+    try:
+        return fresh(workload).gives
+    except MissingData:
+        return frozenset(find("workload", workload).card().gives)
 
 
 def given_for(entry: Entry, workload: Entry) -> dict[str, GivenRun]:

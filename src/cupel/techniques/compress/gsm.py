@@ -157,6 +157,11 @@ class _Cut(Hook):
         if self.p.sparsity:
             decay = shrinkage(at.lr, self.p.weight_decay, self.p.momentum, at.steps)
             self.ctx.log(kind="gsm", shrinkage=decay, enough=decay >= 6)
+            if decay < 6:
+                text = (
+                    f"gsm: passive weights shrink by exp(-{decay:.2g}) only, so the cut will cost accuracy; it wants 6"
+                )
+                self.ctx.log(kind="note", text=f"{text}. Raise epochs, lr, weight_decay or momentum.")
 
     @torch.no_grad()
     def end(self, at: Moment) -> None:
