@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cupel.core.errors import CupelError, DataError, nearest
+from cupel.core.errors import CupelError, DataError
 from cupel.core.types import Examples, Splits
 from cupel.data.found import Found
 from cupel.intake.datasets.raw import Raw, free_bytes, gib, shown
+from cupel.intake.places import imported
 
 PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _PARTS = {"train": "train", "valid": "valid", "val": "valid", "test": "test", "all": "all"}
@@ -32,7 +32,7 @@ def read_own(place: str) -> Raw | Found:
         DataError: importing or calling raised, or what came is none of these.
     """
     module, _, name = place.partition(":")
-    value = _named(place, module, name)
+    value = imported(place, module, name, DataError)
     notes = [f"imported {module}, which runs its code"]
     try:
         if inspect.isclass(value) or (callable(value) and not hasattr(value, "__getitem__")):
@@ -47,23 +47,6 @@ def read_own(place: str) -> Raw | Found:
         raise DataError(
             f"{place} must give data; reading it raised {type(error).__name__}: {error}. Run it on its own first."
         ) from None
-
-
-def _named(place: str, module: str, name: str) -> Any:
-    try:
-        value: Any = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # the user's module may raise anything
-        raise DataError(
-            f"{place} must be importable; importing {module} raised {type(error).__name__}: {error}. "
-            f"Try `python -c 'import {module}'`."
-        ) from None
-    for word in name.split("."):
-        if not hasattr(value, word):
-            raise DataError(
-                f"{place} must exist; {module} has no {word!r}.{nearest(word, dir(value))} Correct the name."
-            )
-        value = getattr(value, word)
-    return value
 
 
 def _parts(value: Any, place: str) -> Mapping[str, Any]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import math
-import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cupel.core.errors import CupelError, nearest
+from cupel.core.errors import CupelError
 from cupel.intake.networks.archive import weights_only
+from cupel.intake.places import imported
 from cupel.storage.state import load_into
 
 PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
@@ -35,7 +33,7 @@ def read_factory(place: str, weights: str = "") -> tuple[nn.Module, list[str]]:
     """
     module, _, name = place.partition(":")
     notes = [f"imported {module}, which runs its code"]
-    value = _imported(place, module, name)
+    value = imported(place, module, name)
     if not isinstance(value, nn.Module):
         if not callable(value):
             raise CupelError(
@@ -53,30 +51,6 @@ def read_factory(place: str, weights: str = "") -> tuple[nn.Module, list[str]]:
     else:
         notes.append("no weights file was given: the network has the weights that its code gives it")
     return value, notes
-
-
-def _imported(place: str, module: str, name: str) -> Any:
-    here = os.getcwd()
-    added = here not in sys.path and "" not in sys.path
-    if added:
-        sys.path.insert(0, here)  # as `python -c` would: the user's file lies where the command runs
-    try:
-        value: Any = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # the user's module may raise anything
-        raise CupelError(
-            f"{place} must be importable; importing {module} raised {type(error).__name__}: {error}. "
-            f"Try `python -c 'import {module}'`."
-        ) from None
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
-    for word in name.split("."):
-        if not hasattr(value, word):
-            raise CupelError(
-                f"{place} must exist; {module} has no {word!r}.{nearest(word, dir(value))} Correct the name."
-            )
-        value = getattr(value, word)
-    return value
 
 
 def _called(place: str, value: Any) -> Any:
