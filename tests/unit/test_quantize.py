@@ -9,8 +9,11 @@ import torch
 from cupel.ops.quantize import (
     affine,
     affine_codes,
+    fixed_point,
     pack_codes,
+    power_of_two_fraction,
     round_through,
+    sign_through,
     symmetric,
     symmetric_codes,
     unpack_codes,
@@ -103,3 +106,38 @@ def test_wrong_codes_are_refused() -> None:
         pack_codes(torch.tensor([-1.0]), 2)
     with pytest.raises(ValueError, match="must have 4 bytes; got 3"):
         unpack_codes(pack_codes(torch.zeros(8, dtype=torch.long), 3), 4, 8)
+
+
+def test_fixed_point_against_integers():
+    x = torch.linspace(-9, 9, 401, dtype=torch.float64)
+    expected = np.clip(np.round(x.numpy() * 8), -64, 63) / 8
+    assert fixed_point(x, word=7, fraction=3).tolist() == expected.tolist()
+
+
+def test_random_rounding_is_right_on_average_and_stays_on_the_grid():
+    x = torch.full((200_000,), 0.3)
+    drawn = fixed_point(x, 8, 2, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == {0.25, 0.5}
+    assert float(drawn.mean()) == pytest.approx(0.3, abs=1e-3)
+
+
+@pytest.mark.parametrize("draw", [None, 0])
+def test_gradients_of_fixed_point_pass_inside_the_range_only(draw):
+    x = torch.tensor([-5.0, 0.3, 5.0], requires_grad=True)
+    rng = None if draw is None else torch.Generator().manual_seed(draw)
+    fixed_point(x, 4, 2, rng).sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0, 0.0]
+
+
+def test_signs_pass_gradients_inside_one_only():
+    x = torch.tensor([-1.5, -1.0, -0.0, 0.0, 0.2, 1.5], requires_grad=True)
+    y = sign_through(x)
+    (y * torch.arange(6)).sum().backward()
+    assert y.tolist() == [-1, -1, 1, 1, 1, 1]
+    assert x.grad.tolist() == [0, 1, 2, 3, 4, 0]
+
+
+@pytest.mark.parametrize(("limit", "bits"), [(0.9, 8), (1.5, 8), (100.0, 8), (0.01, 4), (3.0, 16)])
+def test_the_fraction_of_a_power_of_two_range_is_the_largest_that_holds_the_limit(limit, bits):
+    fraction = power_of_two_fraction(limit, bits)
+    assert limit <= 2.0 ** (bits - 1 - fraction) < 2 * limit

@@ -22,7 +22,7 @@ from cupel.ops.stage_worker import Post
 
 CARD = Card(
     name="pipedream",
-    family="engines",
+    family="train",
     source="A. Harlap, D. Narayanan, A. Phanishayee, V. Seshadri, N. Devanur, G. Ganger, P. Gibbons, PipeDream: Fast "
     "and Efficient Pipeline Parallel DNN Training, arXiv 1806.03377, 2018, sections 3.2 to 3.4",
     tags=("parallel", "pipeline", "staleness", "partitioning"),

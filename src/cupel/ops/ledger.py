@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from cupel.ops.products import Product, product_of
+
 
 @dataclass(frozen=True)
 class Op:
@@ -30,6 +32,7 @@ class Op:
         name: such as `aten.addmm`.
         macs: multiply-adds.
         buffers: numbers of the buffers it reads or writes, parameters left out.
+        product: sizes of the matrix product it computes, if it is one.
     """
 
     module: str
@@ -37,6 +40,7 @@ class Op:
     name: str
     macs: int
     buffers: frozenset[int]
+    product: Product | None = None
 
 
 @dataclass
@@ -55,6 +59,10 @@ class Ledger:
         for op in self.ops:
             found[op.module] = found.get(op.module, 0) + op.macs
         return found
+
+    def products(self) -> list[tuple[str, Product]]:
+        """The matrix products in the order they ran, each with the path of its module."""
+        return [(op.module, op.product) for op in self.ops if op.product is not None]
 
     def live_bytes(self) -> list[int]:
         """Bytes of activations that must be held while each unit runs, in order.
@@ -141,8 +149,13 @@ class _Recorder(TorchDispatchMode):
         touched = self.buffers_of((args, kwargs or {}, out))
         here = self.new_unit() if unit is None else unit
         macs = macs_of(func, args, kwargs or {}, out)
-        self.ledger.ops.append(Op(path, here, str(func.overloadpacket), macs, touched))
+        name = str(func.overloadpacket)
+        product = product_of(name, args, out, self.is_fixed) if macs else None
+        self.ledger.ops.append(Op(path, here, name, macs, touched, product))
         return out
+
+    def is_fixed(self, t: Tensor) -> bool:
+        return any(storage._cdata in self.fixed for storage in _storages(t))
 
 
 def _storages(t: Tensor) -> Iterator[torch.UntypedStorage]:

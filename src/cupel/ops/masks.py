@@ -37,6 +37,37 @@ def keep_largest(weight: Tensor, share: float) -> Tensor:
     return largest(flat, keep_count(flat.numel(), share)).view_as(weight).to(weight.dtype)
 
 
+def in_groups(weight: Tensor, m: int, dim: int = 1) -> Tensor:
+    """Entries of `weight` `[out, in, ...]` in groups of `m` neighbours along `dim`: `[numel / m, m]`.
+
+    `dim` 1 groups input channels, which the forward product sums over, at each position of a kernel; 0 groups output
+    channels, which the product with the transposed matrix sums over, for the gradient of the input.
+
+    Raises:
+        ValueError: `m` does not divide the axis.
+    """
+    if weight.shape[dim] % m:
+        raise ValueError(
+            f"axis {dim} must be a multiple of {m} entries; it has {weight.shape[dim]}. Leave the layer dense."
+        )
+    return weight.movedim(dim, -1).reshape(-1, m)
+
+
+def out_of_groups(groups: Tensor, like: Tensor, dim: int = 1) -> Tensor:
+    """What `in_groups` took apart, put back into the shape of `like`."""
+    return groups.reshape(like.movedim(dim, -1).shape).movedim(-1, dim)
+
+
+def keep_n_of_m(weight: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
+    """A 0/1 mask that keeps the `n` largest magnitudes of every group of `m` along `dim` (see `in_groups`).
+
+    >>> keep_n_of_m(torch.tensor([[3.0, -1.0, 2.0, -4.0]]), 2, 4).tolist()
+    [[1.0, 0.0, 0.0, 1.0]]
+    """
+    kept = largest(in_groups(weight.detach().abs(), m, dim), n)
+    return out_of_groups(kept, weight, dim).to(weight.dtype)
+
+
 def boundary(magnitude: Tensor, share: float) -> Tensor:
     """The value half-way between the smallest kept and the largest dropped of `magnitude` `[..., K]`.
 

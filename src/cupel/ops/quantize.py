@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,67 @@ def symmetric(x: Tensor, limit: Tensor, bits: int) -> Tensor:
     """
     top = float(2 ** (bits - 1) - 1)
     return symmetric_codes(x, limit, bits) * (limit / top).clamp_min(torch.finfo(limit.dtype).tiny)
+
+
+class _SignThrough(torch.autograd.Function):
+    """+1 from zero upwards, -1 below; the gradient passes where |x| is at most 1."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.where(x >= 0, torch.ones_like(x), -torch.ones_like(x))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0] * (x.abs() <= 1)
+
+
+def sign_through(x: Tensor) -> Tensor:
+    """The signs of `x` as +1 and -1 (zero counts as +1), with the gradient of the identity inside [-1, 1].
+
+    Source: Hubara et al., Binarized Neural Networks, NeurIPS 2016, arXiv 1602.02830, equation 4.
+
+    >>> x = torch.tensor([-2.0, 0.0, 0.5], requires_grad=True)
+    >>> y = sign_through(x); y.sum().backward(); (y.tolist(), x.grad.tolist())
+    ([-1.0, 1.0, 1.0], [0.0, 1.0, 1.0])
+    """
+    signs: Tensor = _SignThrough.apply(x)  # type: ignore[no-untyped-call]
+    return signs
+
+
+def fixed_point(x: Tensor, word: int, fraction: int, draw: torch.Generator | None = None) -> Tensor:
+    """`x` in signed fixed point of `word` bits, `fraction` of them behind the point; straight-through inside its range.
+
+    Values are integers k / 2^fraction with -2^(word-1) <= k < 2^(word-1). Rounds half to even, or up with the
+    probability of the remainder when `draw` is given.
+
+    >>> fixed_point(torch.tensor([0.30, 5.0, -5.0]), word=4, fraction=2).tolist()
+    [0.25, 1.75, -2.0]
+    """
+    scale, top = 2.0**fraction, 2.0 ** (word - 1)
+    scaled = x * scale
+    if draw is not None:
+        noise = torch.rand(x.shape, generator=draw, dtype=x.dtype, device=draw.device).to(x.device)
+        # The noise shifts the floor; the gradient is that of `scaled` itself.
+        scaled = scaled + ((scaled + noise).floor() - scaled).detach()
+    else:
+        scaled = round_through(scaled)
+    return scaled.clamp(-top, top - 1) / scale
+
+
+def power_of_two_fraction(limit: float, bits: int) -> int:
+    """Bits behind the point with which `bits` signed bits just hold `limit`: the range is a power of two.
+
+    >>> power_of_two_fraction(0.9, 8), power_of_two_fraction(1.5, 8)
+    (7, 6)
+    """
+    return bits - 1 - math.ceil(math.log2(limit)) if limit > 0 else bits - 1
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -15,7 +15,17 @@ from cupel.core.params import param
 from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.shelf import MASKS
 from cupel.core.slots import phase
-from cupel.ops.masks import boundary, even_shares, global_shares, keep_count, largest, layer_ceilings, zero_where
+from cupel.ops.masks import (
+    boundary,
+    even_shares,
+    global_shares,
+    in_groups,
+    keep_count,
+    largest,
+    layer_ceilings,
+    out_of_groups,
+    zero_where,
+)
 from cupel.ops.swap import swapped
 
 CARD = Card(
@@ -40,15 +50,14 @@ def ranked(weight: Tensor, form: str, m: int) -> Tensor:
     """Magnitudes to rank along the last axis: `[1, N]` unstructured, `[N/m, m]` n:m, `[1, out]` channel."""
     w = weight.detach()
     if form == "nm":
-        return w.movedim(1, -1).reshape(-1, m).abs()  # groups run along the inputs, as sparse kernels read them
+        return in_groups(w.abs(), m)  # groups run along the inputs, as sparse kernels read them
     return (w.abs() if form == "unstructured" else _channel_square(w).sqrt()).reshape(1, -1)
 
 
 def spread(value: Tensor, weight: Tensor, form: str) -> Tensor:
     """Back from the rows or entries of `ranked` to a shape that broadcasts against `weight`."""
     if form == "nm":
-        moved = weight.movedim(1, -1).shape
-        return value.expand(-1, weight.numel() // len(value)).reshape(moved).movedim(-1, 1)
+        return out_of_groups(value.expand(-1, weight.numel() // len(value)), weight)
     shape = (-1, *[1] * (weight.ndim - 1)) if form == "channel" else weight.shape
     return value.reshape(()) if value.numel() == 1 else value.reshape(shape)
 
