@@ -152,7 +152,8 @@ def fixed_point(x: Tensor, word: int, fraction: int, draw: torch.Generator | Non
         scaled = scaled + ((scaled + noise).floor() - scaled).detach()
     else:
         scaled = round_through(scaled)
-    return scaled.clamp(-top, top - 1) / scale
+    held: Tensor = scaled.clamp(-top, top - 1) / scale
+    return held
 
 
 def power_of_two_fraction(limit: float, bits: int) -> int:
