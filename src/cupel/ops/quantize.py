@@ -144,7 +144,7 @@ def fixed_point(x: Tensor, word: int, fraction: int, draw: torch.Generator | Non
     >>> fixed_point(torch.tensor([0.30, 5.0, -5.0]), word=4, fraction=2).tolist()
     [0.25, 1.75, -2.0]
     """
-    scale, top = 2.0**fraction, 2.0 ** (word - 1)
+    scale, top = float(2.0**fraction), float(2.0 ** (word - 1))
     scaled = x * scale
     if draw is not None:
         noise = torch.rand(x.shape, generator=draw, dtype=x.dtype, device=draw.device).to(x.device)
