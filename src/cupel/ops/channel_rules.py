@@ -1,0 +1,478 @@
+"""What each operation of a traced graph does to the labels of channels (see `ops.channels`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cupel.ops.channels import Flow, Held, Labels
+
+COUNTS = ("heads", "num_heads", "n_heads", "nhead", "n_head", "num_attention_heads")  # attributes that can be renewed
+_OPAQUE = ("MultiheadAttention", "modules.rnn.")  # modules whose Python checks its own sizes
+Rule = Callable[["Follower", Any, tuple[int, ...]], Flow]
+
+_KEEP_ZERO = (
+    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "tanh", "hardswish", "hardshrink",
+    "softshrink", "abs", "neg", "sqrt", "square", "sign", "sin", "erf", "dropout", "feature_dropout", "alpha_dropout",
+    "contiguous", "clone", "to", "_to_copy", "detach", "alias", "lift_fresh_copy", "pow", "hardtanh", "clamp_min",
+)  # fmt: skip
+_LOSE_ZERO = ("sigmoid", "hardsigmoid", "softplus", "exp", "cos", "rsqrt", "reciprocal", "log_sigmoid", "masked_fill")
+_POOLS = (
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_bilinear2d",
+)  # fmt: skip
+_SHAPES = ("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze")
+
+
+def follow(graph: fx.Graph, names: Mapping[str, str], labels: Labels, model: nn.Module) -> None:
+    """Lay labels along every node of `graph`; `names` maps its inputs to parameters and buffers."""
+    follower = Follower(labels, model)
+    for node in graph.nodes:
+        follower.visit(node, names)
+
+
+class Follower:
+    """Walks the graph once; each method is the rule of some operations."""
+
+    def __init__(self, labels: Labels, model: nn.Module) -> None:
+        self.labels, self.model = labels, model
+        self.values: dict[fx.Node, Any] = {}
+        self.stack: list[tuple[str, str]] = []  # path and class of the modules that run
+        self.name = self.name_before = ""  # of the operation, and of the one before it
+        self.rules: dict[str, Rule] = {
+            "linear": linear, "batch_norm": batch_norm, "instance_norm": batch_norm, "layer_norm": layer_norm,
+            "embedding": embedding, "matmul": matmul, "bmm": matmul, "scaled_dot_product_attention": attention,
+            "softmax": softmax, "log_softmax": softmax, "transpose": permuted, "permute": permuted, "t": permuted,
+            "cat": cat, "split": pieces, "chunk": pieces, "unbind": unbind, "select": select, "slice": slice_,
+            "mean": mean, "sum": sum_, "expand": expand, "pad": pad, "prelu": prelu,
+            **{f"conv{d}d": convolution for d in (1, 2, 3)},
+            **{f"conv_transpose{d}d": transposed for d in (1, 2, 3)},
+            **dict.fromkeys(("add", "sub", "mul", "div"), binary), **dict.fromkeys(_POOLS, pool),
+            **dict.fromkeys((*_KEEP_ZERO, *_LOSE_ZERO), unary), **dict.fromkeys(_SHAPES, reshape),
+        }  # fmt: skip
+
+    def visit(self, node: fx.Node, names: Mapping[str, str]) -> None:
+        if node.op == "placeholder":
+            value = node.meta.get("val")
+            known = names.get(node.name)
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            self.values[node] = Held(known, shape) if known is not None else Flow(shape)
+        elif node.op == "output":
+            self.labels.freeze(self._read(node.args))
+        elif node.op == "get_attr":
+            self.values[node] = Flow(tuple(getattr(node.meta.get("val"), "shape", ())))
+        elif str(node.target) == "<built-in function getitem>":
+            self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+        else:
+            self.values[node] = self._called(node)
+
+    def _read(self, args: Any) -> Any:
+        if isinstance(args, fx.Node):
+            return self.values[args]
+        return [self._read(a) for a in args] if isinstance(args, (list, tuple)) else args
+
+    def _called(self, node: fx.Node) -> Any:
+        self.stack = [(path, str(kind)) for path, kind in node.meta.get("nn_module_stack", {}).values()]
+        name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+        self.name_before, self.name = self.name, name.rstrip("_")
+        args = [*self._read(node.args), *(self._read(v) for v in node.kwargs.values())]
+        self.out = node.meta["val"]
+        opaque = any(word in kind for _, kind in self.stack for word in _OPAQUE)
+        rule = self.rules.get(self.name)
+        if rule is None or opaque or (node.kwargs and self.name not in ("sum", "mean", "add", "to", "clone", "gelu")):
+            self.labels.freeze(args)
+            return self._untracked(self.out)
+        return rule(self, args, tuple(self.out.shape) if isinstance(self.out, Tensor) else ())
+
+    def _untracked(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._untracked(v) for v in value]
+        return Flow(tuple(getattr(value, "shape", ())))
+
+    def flow(self, value: Any) -> Flow:
+        """A weight that is used like an activation carries labels on its last long axis."""
+        if isinstance(value, Flow):
+            return value
+        if not isinstance(value, Held):
+            return Flow(())
+        long = [d for d, n in enumerate(value.shape) if n > 1]
+        return laid(value.shape, long[-1], self.labels.of(value, long[-1], True)) if long else Flow(value.shape)
+
+    def fixed(self, values: Any, shape: tuple[int, ...]) -> Flow:
+        """The result of an operation through which nothing can be cut."""
+        self.labels.freeze(values)
+        return Flow(shape)
+
+    def needs_zero(self, flow: Flow) -> None:
+        """A product or a sum reads the tensor: channels that would not be zero may not go."""
+        if not flow.zero:
+            self.labels.fix(flow.labels)
+
+
+def laid(shape: tuple[int, ...], dim: int, own: Tensor | None, zero: bool = True) -> Flow:
+    """A tensor with labels on one axis."""
+    if own is None or len(own) == 1:
+        return Flow(shape, None if own is None else own.reshape([1] * len(shape)), zero)
+    return Flow(shape, own.reshape([-1 if d == dim % len(shape) else 1 for d in range(len(shape))]), zero)
+
+
+def convolution(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x, w, b = f.flow(args[0]), args[1], args[2] if len(args) > 2 else None
+    if not isinstance(w, Held) or len(x.shape) != len(w.shape):
+        return f.fixed(args, shape)
+    groups = args[6] if len(args) > 6 else 1
+    f.needs_zero(x)
+    read, own = f.labels.along(x, 1), f.labels.of(w, 0, True)
+    if w.shape[1] == 1 and groups > 1:  # depthwise: what reads a channel also makes one
+        f.labels.fix(own) if read is None else f.labels.join(own, read.repeat_interleave(len(own) // groups))
+    else:
+        if groups > 1:  # groups of equal size stay so: entry j goes from all of them or from none
+            for labels in (own, read):
+                if labels is not None:
+                    split = labels.view(groups, -1)
+                    f.labels.join(split, split[:1].expand_as(split))
+        f.labels.tie(w, 1, read if read is None else read[: w.shape[1]])
+    f.labels.tie(b, 0, own, True)
+    return laid(shape, 1, own)
+
+
+def transposed(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x, w, b = f.flow(args[0]), args[1], args[2] if len(args) > 2 else None
+    groups = args[6] if len(args) > 6 else 1
+    if not isinstance(w, Held) or groups > 1:
+        return f.fixed(args, shape)
+    f.needs_zero(x)
+    f.labels.tie(w, 0, f.labels.along(x, 1))
+    own = f.labels.of(w, 1, True)
+    f.labels.tie(b, 0, own, True)
+    return laid(shape, 1, own)
+
+
+def linear(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x, w, b = f.flow(args[0]), args[1], args[2] if len(args) > 2 else None
+    if not isinstance(w, Held):
+        return f.fixed(args, shape)
+    f.needs_zero(x)
+    f.labels.tie(w, 1, f.labels.along(x, -1))
+    own = f.labels.of(w, 0, True)
+    f.labels.tie(b, 0, own, True)
+    return laid(shape, -1, own)
+
+
+def batch_norm(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x, held = f.flow(args[0]), args[1:5]
+    own = f.labels.along(x, 1)
+    for i, part in enumerate(held):
+        f.labels.tie(part, 0, own, i < 2)
+    return laid(shape, 1, own, all(isinstance(h, Held) for h in held[:2]))
+
+
+def layer_norm(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x, w, b = f.flow(args[0]), *(args[i] if len(args) > i else None for i in (2, 3))
+    over = len(args[1])
+    if not any(d >= len(shape) - over for d in x.tracked()):
+        return Flow(shape, x.labels, False)
+    path, kind = f.stack[-1]
+    if over > 1 or not kind.endswith("normalization.LayerNorm"):  # only a module can be told how wide it was
+        return f.fixed(args, shape)
+    f.needs_zero(x)
+    own = f.labels.along(x, -1)
+    f.labels.tie(w, 0, own, True)
+    f.labels.tie(b, 0, own, True)
+    f.labels.norms.add(path)
+    return laid(shape, -1, own, isinstance(w, Held) and isinstance(b, Held))
+
+
+def embedding(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    w = args[0]
+    return laid(shape, -1, f.labels.of(w, 1, True)) if isinstance(w, Held) else f.fixed(args, shape)
+
+
+def prelu(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x, w = f.flow(args[0]), args[1]
+    if isinstance(w, Held) and w.shape[0] > 1:
+        own = f.labels.along(x, 1)
+        f.labels.tie(w, 0, own)
+        return laid(shape, 1, own, x.zero)
+    return Flow(shape, x.labels, x.zero)
+
+
+def unary(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x = f.flow(args[0])
+    zero = x.zero and f.name not in _LOSE_ZERO
+    if f.name == "hardtanh" and len(args) > 2:
+        zero &= args[1] <= 0 <= args[2]
+    if f.name == "clamp_min":
+        zero &= args[1] <= 0
+    if f.name == "pow":
+        zero &= isinstance(args[1], (int, float)) and args[1] > 0
+    return Flow(shape, x.labels, zero)
+
+
+def pool(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x = f.flow(args[0])
+    if any(d > 1 for d in x.tracked()) or isinstance(f.out, (list, tuple)):
+        return f.fixed(args, shape)
+    return Flow(shape, x.labels, x.zero)
+
+
+def pad(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x, widths = f.flow(args[0]), args[1]
+    value = args[3] if len(args) > 3 and args[3] is not None else 0
+    if any(d >= len(shape) - len(widths) // 2 for d in x.tracked()):
+        return f.fixed(args, shape)
+    return Flow(shape, x.labels, x.zero and value == 0)
+
+
+def softmax(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x = f.flow(args[0])
+    if args[1] % len(shape) in x.tracked():
+        return f.fixed(args, shape)
+    return Flow(shape, x.labels, False)
+
+
+def binary(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    """Sums are zero where both sides are, products where one is."""
+    product = f.name in ("mul", "div")
+    if not all(isinstance(a, (Flow, Held)) for a in args[:2]):
+        x = f.flow(args[0] if isinstance(args[0], (Flow, Held)) else args[1])
+        return Flow(shape, x.labels, x.zero and product)
+    wide = []
+    for i in (0, 1):
+        side = _against(f, args[i], args[1 - i])
+        wide.append(
+            Flow((1,) * (len(shape) - len(side.shape)) + side.shape, _right(side.labels, len(shape)), side.zero)
+        )
+    for one, other in (wide, wide[::-1]):
+        if any(other.shape[d] > 1 and d not in other.tracked() for d in one.tracked()):
+            f.labels.fix(one.labels)  # the other side has as many entries, and they cannot go
+    a, b = wide
+    if a.labels is None or b.labels is None:
+        kept = a if b.labels is None else b
+        return Flow(shape, kept.labels, kept.zero and product and not (f.name == "div" and kept is b))
+    if a.tracked() == b.tracked():
+        f.labels.join(a.labels, b.labels)
+        either = a.zero or (b.zero and f.name == "mul")
+        return Flow(shape, a.labels, either if product else a.zero and b.zero)
+    return f.fixed(args[:2] + wide, shape)
+
+
+def _against(f: Follower, value: Any, other: Any) -> Flow:
+    """A weight carries labels on the axis where the tensor it meets does."""
+    if isinstance(value, Held) and isinstance(other, Flow):
+        shift = len(other.shape) - len(value.shape)
+        meets = [d - shift for d in other.tracked() if d >= shift and value.shape[d - shift] > 1]
+        if len(meets) == 1:
+            return laid(value.shape, meets[0], f.labels.of(value, meets[0], True))
+        return Flow(value.shape)
+    return f.flow(value)
+
+
+def _right(labels: Tensor | None, ndim: int) -> Tensor | None:
+    return None if labels is None else labels.reshape([1] * (ndim - labels.ndim) + list(labels.shape))
+
+
+def matmul(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    a, b = f.flow(args[0]), f.flow(args[1])
+    if isinstance(args[1], Held) or min(len(a.shape), len(b.shape)) < 2:
+        return f.fixed(args, shape)
+    if any(d < len(x.shape) - 2 for x in (a, b) for d in x.tracked()):
+        return _by_head(f, [a, b], shape, a.zero or b.zero)
+    for x, dim in ((a, -1), (a, -2), (b, -2)):  # what the sum runs over, and what a scale may depend on
+        if dim % len(x.shape) in x.tracked():
+            f.labels.fix(x.labels)
+    return laid(shape, -1, f.labels.along(b, -1), b.zero)
+
+
+def attention(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    q, k, v = (f.flow(a) for a in args[:3])
+    if len(args) > 3 and any(isinstance(a, (Flow, Held)) for a in args[3:]):
+        return f.fixed(args, shape)
+    if any(d < len(x.shape) - 2 for x in (q, k, v) for d in x.tracked()):
+        return _by_head(f, [q, k, v], shape, v.zero)
+    f.labels.freeze([q, k])
+    return laid(shape, -1, f.labels.along(v, -1), v.zero)
+
+
+def _by_head(f: Follower, factors: Sequence[Flow], shape: tuple[int, ...], zero: bool) -> Flow:
+    """Products of matrices side by side: one goes as a whole, from every factor."""
+    whole = [f.labels.collapse(f.labels.collapse(x, len(x.shape) - 1), len(x.shape) - 2) for x in factors]
+    first = whole[0]
+    if any(x.labels is None or x.tracked() != first.tracked() or len(x.shape) != len(shape) for x in whole):
+        return f.fixed(factors, shape)
+    for x in whole[1:]:
+        assert first.labels is not None and x.labels is not None
+        f.labels.join(first.labels, x.labels)
+    return Flow(shape, first.labels, zero)
+
+
+def permuted(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x = f.flow(args[0])
+    if x.labels is None:
+        return Flow(shape)
+    if f.name == "permute":
+        return Flow(shape, x.labels.permute(args[1]), x.zero)
+    return Flow(shape, x.labels.transpose(*(args[1:3] if f.name == "transpose" else (0, 1))), x.zero)
+
+
+def reshape(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x = f.flow(args[0])
+    if x.labels is None:
+        return Flow(shape)
+    asked = {"unflatten": 2, "view": 1, "reshape": 1, "_unsafe_view": 1}.get(f.name)
+    said = args[asked] if asked is not None else []
+    expanded, folded, axes = [], [], []
+    for old, new in segments(x.shape, shape):
+        full = any(d in x.tracked() for d in old)
+        expanded += [x.shape[d] if full else 1 for d in old]
+        folded += [shape[d] if full else 1 for d in new]
+        if full and sum(shape[d] > 1 for d in new) > sum(x.shape[d] > 1 for d in old):
+            axes += [d for d in new if shape[d] > 1]
+    labels = _shrunk(x.labels.expand(expanded).reshape(folded))
+    if axes:
+        first = args[1] % len(x.shape) if f.name == "unflatten" else 0
+        told = [said[d - first] if 0 <= d - first < len(said) else -1 for d in axes]
+        if not _can_renew(f, [shape[d] for d in axes], told):
+            return f.fixed([Flow(shape, labels)], shape)
+        wide = labels.expand([n if d in axes else labels.shape[d] for d, n in enumerate(shape)])
+        front = [*axes, *(d for d in range(len(shape)) if d not in axes)]
+        f.labels.splits.append((f.stack[-1][0], wide.permute(front).reshape([shape[d] for d in axes] + [-1])))
+    return Flow(shape, labels, x.zero)
+
+
+def _can_renew(f: Follower, sizes: Sequence[int], told: Sequence[int]) -> bool:
+    """Whether every size that Python says is an attribute of the module that says it, or left open once."""
+    path = f.stack[-1][0]
+    module = f.model.get_submodule(path) if path else f.model
+    counts = {getattr(module, name, None) for name in COUNTS}
+    return any(n in counts for n in sizes) or sum(n == -1 for n in told) >= 1
+
+
+def _shrunk(labels: Tensor) -> Tensor:
+    """Axes along which nothing changes become 1."""
+    for d, n in enumerate(labels.shape):
+        if n > 1 and bool((labels == labels.narrow(d, 0, 1)).all()):
+            labels = labels.narrow(d, 0, 1)
+    return labels
+
+
+def segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Axes of two shapes of one number of entries, in runs of equal product.
+
+    >>> segments((2, 12, 5), (2, 3, 4, 5))
+    [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    """
+    found, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        a, b = ([i], []) if i < len(old) else ([], [j])
+        i, j = i + len(a), j + len(b)
+        while prod(old[d] for d in a) != prod(new[d] for d in b) or not (a and b):
+            left, right = prod(old[d] for d in a), prod(new[d] for d in b)
+            if j < len(new) and (right < left or not b):
+                b.append(j)
+                j += 1
+            elif i < len(old):
+                a.append(i)
+                i += 1
+            elif j < len(new):
+                b.append(j)
+                j += 1
+            else:
+                break
+        found.append((a, b))
+    return found
+
+
+def cat(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    parts, dim = [f.flow(p) for p in args[0]], (args[1] if len(args) > 1 else 0) % len(shape)
+    if any(p.tracked() and p.tracked() != [dim] for p in parts):
+        return _side_by_side(f, parts, dim, shape)
+    for part in parts:
+        f.needs_zero(part)
+    if all(p.labels is None for p in parts):
+        return Flow(shape)
+    own = [torch.zeros(1, dtype=torch.long) if p.labels is None else p.labels.flatten() for p in parts]
+    return laid(shape, dim, torch.cat([o.expand(p.shape[dim]) for o, p in zip(own, parts, strict=True)]))
+
+
+def _side_by_side(f: Follower, parts: Sequence[Flow], dim: int, shape: tuple[int, ...]) -> Flow:
+    """Along an axis without labels: the other axes must agree."""
+    first = parts[0]
+    if any(p.tracked() != first.tracked() or dim in p.tracked() for p in parts):
+        return f.fixed(parts, shape)
+    for p in parts[1:]:
+        assert first.labels is not None and p.labels is not None
+        f.labels.join(first.labels, p.labels)
+    return Flow(shape, first.labels, all(p.zero for p in parts))
+
+
+def pieces(f: Follower, args: Any, shape: tuple[int, ...]) -> Any:
+    x, dim = f.flow(args[0]), args[2] if len(args) > 2 else 0
+    sizes = [p.shape[dim] for p in f.out]
+    dim %= len(x.shape)
+    if x.labels is None or dim not in x.tracked():
+        return [Flow(tuple(p.shape), x.labels, x.zero) for p in f.out]
+    if len(set(sizes)) > 1:
+        f.labels.fix(x.labels)
+        return [Flow(tuple(p.shape)) for p in f.out]
+    parts = x.labels.split(sizes[0], dim)  # equal parts stay equal: entry j goes from all of them
+    for part in parts[1:]:
+        f.labels.join(parts[0], part)
+    return [Flow(tuple(p.shape), parts[0], x.zero) for p in f.out]
+
+
+def unbind(f: Follower, args: Any, shape: tuple[int, ...]) -> Any:
+    x, dim = f.flow(args[0]), args[1] if len(args) > 1 else 0
+    x = f.labels.collapse(x, dim % len(x.shape))
+    labels = None if x.labels is None else x.labels.squeeze(dim)
+    return [Flow(tuple(p.shape), labels, x.zero) for p in f.out]
+
+
+def select(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x = f.labels.collapse(f.flow(args[0]), args[1] % len(f.flow(args[0]).shape))
+    return Flow(shape, None if x.labels is None else x.labels.squeeze(args[1]), x.zero)
+
+
+def slice_(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x, dim = f.flow(args[0]), args[1] if len(args) > 1 else 0
+    if dim % len(shape) in x.tracked() and shape != x.shape:
+        return f.fixed(args, shape)
+    return Flow(shape, x.labels, x.zero)
+
+
+def mean(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    return _reduced(f, args, shape, lambda x: f.labels.fix(x.labels))
+
+
+def sum_(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    kind = f.stack[-1][1] if f.stack else ""
+    # A narrow norm adds what missing features would have, so its sum of squares need not vanish; its mean must.
+    told = kind.endswith("NarrowLayerNorm") and f.name_before == "square"
+    return _reduced(f, args, shape, (lambda x: None) if told else f.needs_zero)
+
+
+def _reduced(f: Follower, args: Any, shape: tuple[int, ...], check: Callable[[Flow], None]) -> Flow:
+    x = f.flow(args[0])
+    dims = args[1] if len(args) > 1 and isinstance(args[1], list) and args[1] else list(range(len(x.shape)))
+    dims = [d % len(x.shape) for d in dims]
+    if any(d in x.tracked() for d in dims):
+        check(x)
+        if set(x.tracked()) <= set(dims):
+            return Flow(shape)
+        for d in dims:
+            x = f.labels.collapse(x, d)
+    if x.labels is None:
+        return Flow(shape)
+    keep = len(shape) == len(x.shape)
+    sizes = [n for d, n in enumerate(x.labels.shape) if keep or d not in dims]
+    return Flow(shape, x.labels.reshape(sizes), x.zero)
+
+
+def expand(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x = f.flow(args[0])
+    return Flow(shape, _right(x.labels, len(shape)), x.zero)
