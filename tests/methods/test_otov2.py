@@ -175,5 +175,5 @@ def test_a_short_budget_is_told() -> None:
 def test_networks_without_channels_are_refused() -> None:
     with pytest.raises(PlanError, match="must have channels between its inputs and its outputs"):
         fit(nn.Sequential(nn.Linear(6, 3)), data(), Classification(3), techniques=[OTOv2()], budget=budget(1))
-    with pytest.raises(PlanError, match="must have data to trace"):
+    with pytest.raises(PlanError, match="must be data to trace"):
         OTOv2().seal(net(), Context())

@@ -17,10 +17,11 @@ from cupel.core.protocols import Hook
 from cupel.core.shelf import MASKS, Shelf
 from cupel.core.slots import Hooks, phase
 from cupel.core.tasks import Classification
-from cupel.core.types import Budget
+from cupel.core.types import Budget, Examples, TrainView
 from cupel.ops.masks import global_shares, layer_ceilings, sparsity_of
+from cupel.ops.soft_masks import ranked, soft_mask, spread
 from cupel.ops.swap import swapped
-from cupel.techniques.compress.pdp import PDP, ranked, soft_mask, spread
+from cupel.techniques.compress.pdp import PDP
 
 torch.set_num_threads(1)
 BUDGET = Budget(epochs=4, batch_size=16, optimizer="adam", lr=1e-2)  # 20 updates
@@ -98,7 +99,7 @@ def test_the_gradient_holds_the_boundary_term_in_closed_form() -> None:
     assert torch.allclose(m[w.detach().abs() == 1], torch.tensor(0.5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("form", ["unstructured", "channel", "nm"])
+@pytest.mark.parametrize("form", ["unstructured", "nm"])
 def test_the_forward_and_its_gradient_equal_a_slow_numpy_mask(form: str) -> None:
     p = PDP(sparsity=0.6, form=form, n=1, m=4, softness=0.2, warmup=0.0, ramp=1.0, settle=0.0)
     model, hook = net(), p.hook(Context())
@@ -111,11 +112,31 @@ def test_the_forward_and_its_gradient_equal_a_slow_numpy_mask(form: str) -> None
     tau = 0.2 * t2.mean()
     slow = 1 / (1 + np.exp(-(square - t2) / tau))
     assert np.allclose(seen.detach().numpy(), slow * values, atol=1e-6)
-    if form != "channel":  # a channel's mask depends on all of its weights
-        assert np.allclose(w.grad, slow + 2 * values**2 / tau * slow * (1 - slow), atol=1e-4)
-    else:
-        along = 2 * values / tau * slow * (1 - slow) * values.sum((1, 2, 3), keepdims=True)
-        assert np.allclose(w.grad, slow + along, atol=1e-4)
+    assert np.allclose(w.grad, slow + 2 * values**2 / tau * slow * (1 - slow), atol=1e-4)
+
+
+def test_channels_that_go_together_share_one_mask_of_their_kernels() -> None:
+    """Grouped convolution ties channel i of the first layer to i + 4, and j of its own to j + 3."""
+    p = PDP(sparsity=0.5, form="channel", softness=0.2, warmup=0.0, ramp=1.0, settle=0.0)
+    x, y = data()
+    view = TrainView(Examples(x, y, torch.arange(80)), None)
+    model, hook = net(), p.hook(Context(train=view))
+    at, w, bias = moment(model), model.conv.weight, model.conv.bias
+    hook.start(at)
+    with hook.around_forward(at):
+        seen, seen_bias = model.conv.weight, model.conv.bias
+        seen.sum().backward()
+    values = w.detach().double().numpy()
+    square = (values**2).sum((1, 2, 3))
+    pairs = square[:4] + square[4:]
+    ranks = np.sort(np.sqrt(pairs))
+    t2 = ((ranks[1] + ranks[2]) / 2) ** 2
+    slow = np.tile(1 / (1 + np.exp(-(pairs - t2) / (0.2 * t2))), 2)[:, None, None, None]
+    assert np.allclose(seen.detach().numpy(), slow * values, atol=1e-6)
+    assert np.allclose(seen_bias.detach().numpy(), slow.ravel() * bias.detach().numpy(), atol=1e-6)
+    sums = values.sum((1, 2, 3))
+    along = 2 * values / (0.2 * t2) * slow * (1 - slow) * np.tile(sums[:4] + sums[4:], 2)[:, None, None, None]
+    assert np.allclose(w.grad, slow + along, atol=1e-4)
 
 
 def slow_mask_parts(w: np.ndarray, form: str, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -129,10 +150,6 @@ def slow_mask_parts(w: np.ndarray, form: str, share: float) -> tuple[np.ndarray,
     square = w**2
     if form == "unstructured":
         t[:] = middle(list(np.abs(w).ravel()), w.size - round(w.size * (1 - share)))
-    elif form == "channel":
-        for o in range(8):
-            square[o] = (w[o] ** 2).sum()
-        t[:] = middle([float(np.sqrt(square[o].flat[0])) for o in range(8)], 8 - round(8 * (1 - share)))
     else:
         for o in range(8):
             for i in range(3):
@@ -172,11 +189,29 @@ def test_inputs_that_do_not_divide_stay_dense() -> None:
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.95])
 def test_channels_fall_evenly_and_no_layer_is_emptied(sparsity: float) -> None:
-    final, _ = trained(PDP(sparsity=sparsity, form="channel"))
-    for name, channels in (("conv.weight", 8), ("odd.weight", 6)):
-        alive = int((final[name].flatten(1).abs().sum(1) > 0).sum())
-        assert alive == max(1, round(channels * (1 - sparsity)))
-    assert (final["head.weight"] != 0).all()
+    final, shelf = trained(PDP(sparsity=sparsity, form="channel"))
+    pairs, triples = (max(1, round(n * (1 - sparsity))) for n in (4, 3))  # of groups that must go together
+    assert final["conv.weight"].shape == (2 * pairs, 4, 3, 3)
+    assert final["odd.weight"].shape == (2 * triples, pairs, 1, 2)
+    assert final["head.weight"].shape == (3, 6 * 2 * triples) and bool((final["head.weight"] != 0).all())
+    assert shelf.get(MASKS) == {}
+
+
+def test_the_cut_at_the_end_changes_no_output() -> None:
+    @dataclass(frozen=True)
+    class Unsealed:
+        method: PDP
+
+        def hook(self, ctx: Context) -> Hook:
+            return self.method.hook(ctx)
+
+    method, x = PDP(sparsity=0.5, form="channel"), data()[0]
+    whole = fit(net(), data(), Classification(3), techniques=[Unsealed(method)], budget=BUDGET)
+    before = whole(x).detach()
+    view = TrainView(Examples(*data(), torch.arange(80)), None)
+    cut = method.seal(whole, Context(train=view))
+    torch.testing.assert_close(cut(x).detach(), before, rtol=1e-5, atol=1e-6)
+    assert cut.conv.out_channels < 8
 
 
 def test_pruned_weights_come_back() -> None:
@@ -231,9 +266,12 @@ def test_the_threshold_is_found_again_only_when_the_weight_has_changed() -> None
 
 
 def test_a_layer_of_zeros_has_finite_gradients() -> None:
+    view = TrainView(Examples(*data(), torch.arange(80)), None)
     for form in ("unstructured", "channel", "nm"):
-        model, hook = net(), PDP(sparsity=0.5, form=form).hook(Context())
+        model, hook = net(), PDP(sparsity=0.5, form=form).hook(Context(train=view))
         nn.init.zeros_(model.conv.weight)
+        if form == "channel":
+            hook.start(moment(model))
         with hook.around_forward(moment(model, progress=0.7)):
             model(data()[0]).square().sum().backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cupel.nets.vit import ViT
-from cupel.ops.channel_rules import segments
+from cupel.ops.channel_shapes import segments
 from cupel.ops.channels import Structure, choose, structure_of, totals
 from cupel.ops.cutting import NarrowLayerNorm, cut_groups, cut_or_refuse, kept_share, zero_groups, zeroed_groups
 

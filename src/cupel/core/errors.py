@@ -7,7 +7,8 @@ should have been, shows what arrived, and ends with the next step.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CupelError(Exception):
@@ -67,3 +68,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.55)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What `ops` refuse inside with a `ValueError` in words is a refusal of the plan."""
+    try:
+        yield
+    except ValueError as error:
+        raise PlanError(str(error)) from None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cupel.ops.channel_rules import COUNTS
+from cupel.ops.channel_shapes import COUNTS
 from cupel.ops.channels import Split, Structure, spread_over
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

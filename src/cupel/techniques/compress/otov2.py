@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from cupel.core.context import Context
-from cupel.core.errors import PlanError
+from cupel.core.errors import PlanError, refusing
 from cupel.core.params import param
 from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.slots import phase
-from cupel.ops.channels import Structure, choose, spread_over, structure_of, totals
+from cupel.ops.channels import Structure, choose, spread_over, totals, traced_on
 from cupel.ops.cutting import cut_or_refuse, zeroed_groups
 
 CARD = Card(
@@ -106,10 +106,8 @@ class OTOv2:
         structure, inputs = traced(model, ctx)
         gone = choose(structure, (~zeroed_groups(model, structure)).float(), structure.count)
         gone &= zeroed_groups(model, structure)
-        try:
+        with refusing():
             cut_or_refuse(model, inputs, structure, gone)
-        except ValueError as error:
-            raise PlanError(str(error)) from None
         share = float(gone.float().mean())
         ctx.log(kind="note", text=f"{int(gone.sum())} of {structure.count} groups of channels ({share:.0%}) are cut")
         return model
@@ -117,13 +115,8 @@ class OTOv2:
 
 def traced(model: nn.Module, ctx: Context) -> tuple[Structure, object]:
     """The groups of `model`, and the inputs it was traced on."""
-    if ctx.train is None:
-        raise PlanError("otov2 must have data to trace the network on; it has none. Run it in a recipe.")
-    inputs = next(iter(ctx.train.train.batches(2))).to(ctx.device).inputs
-    try:
-        structure = structure_of(model, inputs)
-    except ValueError as error:
-        raise PlanError(str(error)) from None
+    with refusing():
+        structure, inputs = traced_on(model, ctx.train, ctx.device)
     if not structure.count:
         raise PlanError(
             "a network for otov2 must have channels between its inputs and its outputs; none of this one's can go. "

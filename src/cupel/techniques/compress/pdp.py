@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cupel.core.context import Context
-from cupel.core.errors import ParamError
+from cupel.core.errors import ParamError, refusing
 from cupel.core.params import param
 from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.shelf import MASKS
 from cupel.core.slots import phase
+from cupel.ops.channels import Side, axes_of, spread_over, traced_on
+from cupel.ops.cutting import cut_or_refuse, zero_groups, zeroed_groups
 from cupel.ops.masks import (
     boundary,
     even_shares,
     global_shares,
-    in_groups,
     keep_count,
     largest,
     layer_ceilings,
-    out_of_groups,
     zero_where,
 )
+from cupel.ops.soft_masks import group_masks, group_squares, ranked, soft_mask, spread
 from cupel.ops.swap import swapped
 
 CARD = Card(
@@ -41,31 +42,6 @@ CARD = Card(
 )
 
 
-def soft_mask(square: Tensor, cut: Tensor, tau: Tensor) -> Tensor:
-    """m = exp(w^2/tau) / (exp(w^2/tau) + exp(t^2/tau)) from w^2 and t^2; one half at |w| = t."""
-    return torch.sigmoid((square - cut) / tau)
-
-
-def ranked(weight: Tensor, form: str, m: int) -> Tensor:
-    """Magnitudes to rank along the last axis: `[1, N]` unstructured, `[N/m, m]` n:m, `[1, out]` channel."""
-    w = weight.detach()
-    if form == "nm":
-        return in_groups(w.abs(), m)  # groups run along the inputs, as sparse kernels read them
-    return (w.abs() if form == "unstructured" else _channel_square(w).sqrt()).reshape(1, -1)
-
-
-def spread(value: Tensor, weight: Tensor, form: str) -> Tensor:
-    """Back from the rows or entries of `ranked` to a shape that broadcasts against `weight`."""
-    if form == "nm":
-        return out_of_groups(value.expand(-1, weight.numel() // len(value)), weight)
-    shape = (-1, *[1] * (weight.ndim - 1)) if form == "channel" else weight.shape
-    return value.reshape(()) if value.numel() == 1 else value.reshape(shape)
-
-
-def _channel_square(weight: Tensor) -> Tensor:
-    return weight.flatten(1).square().sum(dim=1)
-
-
 @dataclass(frozen=True)
 class PDP:
     r"""Prune during training with a soft mask that is a closed form of the weights.
@@ -76,19 +52,25 @@ class PDP:
     global ranking gives each layer its share; the share then grows linearly. The last part trains under
     hard masks.
 
-    Shapes: weights `[out, in, ...]`; biases and norms stay dense.
+    Use: for the most accuracy at a number of weights (unstructured), for sparse kernels (nm), for a network that is
+    really narrower and faster (channel). Masks alone make nothing faster.
+    Costs: a selection over every weight matrix a step; stored zeros take little, form channel has none.
+
+    Shapes: weights `[out, in, ...]`; but for form channel biases and norms stay dense.
 
     Raises:
         ParamError: a value outside its range, `n` above `m`, or warmup, ramp and settle above 1 in all.
+        PlanError: form channel on a network whose channels cannot be traced or cut.
 
     Source: Cho, Adya, Naik, NeurIPS 2023, arXiv 2305.11203.
 
     Departs: tau = `softness` * t^2 per layer instead of an absolute 1e-4, which freezes the mask on
     weights larger than the paper's; the output layer keeps at least `head_keep` of its weights;
     warm-up and ramp are shares of the fit, because fits here are shorter than the paper's. Form channel
-    drops the same share of every layer's channels and none of the output layer's: one global ranking of
-    channels empties the widest layer first and cuts the network. Form nm leaves layers dense whose
-    inputs are no multiple of m.
+    ranks the channels that meet in one axis (through residual adds, say) and drops the same share of each:
+    one global ranking empties the widest layer first. Its masks cover biases and norms too, so that the
+    network can be cut at the end without changing an output. Form nm leaves layers dense whose inputs are
+    no multiple of m.
 
     Example:
         >>> PDP(sparsity=0.8).form
@@ -111,7 +93,76 @@ class PDP:
         if self.warmup + self.ramp + self.settle > 1 + 1e-9:
             total = self.warmup + self.ramp + self.settle
             raise ParamError(f"warmup, ramp and settle of pdp must be at most 1 in all; got {total:g}. Shorten one.")
-        return _Soft(self, ctx)
+        return _Channels(self, ctx) if self.form == "channel" else _Soft(self, ctx)
+
+    @phase("shrink")
+    def seal(self, model: nn.Module, ctx: Context) -> nn.Module:
+        if self.form != "channel" or self.sparsity == 0:
+            return model
+        with refusing():
+            structure, inputs = traced_on(model, ctx.train, ctx.device)
+            cut_or_refuse(model, inputs, structure, zeroed_groups(model, structure))
+        return model
+
+
+def _grown(p: PDP, at: Moment) -> float:
+    return min(1.0, max(0.0, at.progress - p.warmup) / p.ramp)
+
+
+class _Channels(Hook):
+    """One soft mask for every group of channels, over all that makes it: kernels, biases, norms."""
+
+    def __init__(self, p: PDP, ctx: Context) -> None:
+        self.p, self.ctx = p, ctx
+        self.gone = torch.zeros(0, dtype=torch.bool)  # at the end
+
+    def start(self, at: Moment) -> None:
+        if not self.p.sparsity:
+            return
+        with refusing():
+            self.structure, _ = traced_on(at.model, self.ctx.train, self.ctx.device)
+        axes = {str(i): members for i, members in enumerate(axes_of(self.structure))}
+        sizes = {n: len(members) for n, members in axes.items()}
+        shares = even_shares(sizes, self.p.sparsity, {n: 1 - 1 / size for n, size in sizes.items()})
+        self.axes = [(members, shares[n]) for n, members in axes.items()]
+
+    @phase("mask")
+    def around_forward(self, at: Moment) -> AbstractContextManager[None]:
+        grown = _grown(self.p, at)
+        if self.p.sparsity == 0 or len(self.gone) or not grown:
+            return swapped(at.model, {})
+        squares = group_squares(self.structure, dict(at.model.named_parameters()))
+        mask = group_masks(squares, [(members, share * grown) for members, share in self.axes], self.p.softness)
+
+        def masking(side: Side) -> Callable[[Tensor], Tensor]:
+            return lambda w: w * spread_over(self.structure, mask, side, w)
+
+        # An axis at a time: a weight may make channels on two of them, and swaps nest.
+        stack = ExitStack()
+        for dim in sorted({side.dim for side in self.structure.makers()}):
+            sides = [side for side in self.structure.makers() if side.dim == dim]
+            stack.enter_context(swapped(at.model, {side.name: masking(side) for side in sides}))
+        return stack
+
+    @phase("mask")
+    def stepped(self, at: Moment) -> None:
+        if self.p.sparsity and at.progress >= 1 - self.p.settle:
+            self._harden(at)
+
+    @torch.no_grad()
+    def end(self, at: Moment) -> None:
+        if self.p.sparsity:
+            self._harden(at)
+        self.ctx.shelf.put(MASKS, {})  # what is cut has no mask
+
+    def _harden(self, at: Moment) -> None:
+        if not len(self.gone):
+            square = group_squares(self.structure, {n: p.detach() for n, p in at.model.named_parameters()})
+            kept = torch.zeros(self.structure.count, dtype=torch.bool)
+            for members, share in self.axes:
+                kept[members] = largest(square[members].cpu(), keep_count(len(members), 1 - share))
+            self.gone = ~kept
+        zero_groups(at.model, self.structure, self.gone)
 
 
 class _Soft(Hook):
@@ -123,7 +174,7 @@ class _Soft(Hook):
 
     def epoch(self, at: Moment) -> None:
         """Tell the log how sparse the fit is, and how many weights the mask has not decided (2 to 3% is right)."""
-        grown = self._grown(at)
+        grown = _grown(self.p, at)
         if not self.shares or self.masks or not grown:
             return
         masks = [self._mask(n, w.detach(), s * grown, at) for n, w in at.weights() if (s := self.shares.get(n, 0.0))]
@@ -136,7 +187,7 @@ class _Soft(Hook):
             return swapped(at.model, {})
         if not self.shares:
             self._allot(at)
-        grown = self._grown(at)
+        grown = _grown(self.p, at)
 
         def masking(name: str, share: float) -> Callable[[Tensor], Tensor]:
             return lambda w: w * self._mask(name, w, share, at)
@@ -162,18 +213,10 @@ class _Soft(Hook):
                     zero_where(w, self.masks[name])
         self.ctx.shelf.put(MASKS, self.masks)
 
-    def _grown(self, at: Moment) -> float:
-        return min(1.0, max(0.0, at.progress - self.p.warmup) / self.p.ramp)
-
     def _allot(self, at: Moment) -> None:
         weights = dict(at.weights())
-        *_, head = weights
         if self.p.form == "nm":
             self.shares = {n: 1 - self.p.n / self.p.m for n, w in weights.items() if w.shape[1] % self.p.m == 0}
-            return
-        if self.p.form == "channel":
-            sizes = {n: len(w) for n, w in weights.items() if n != head}
-            self.shares = even_shares(sizes, self.p.sparsity, {n: 1 - 1 / size for n, size in sizes.items()})
             return
         scores = {n: w.detach().abs() for n, w in weights.items()}
         ceiling = layer_ceilings({n: s.numel() for n, s in scores.items()}, self.p.head_keep)
@@ -189,8 +232,6 @@ class _Soft(Hook):
             square = t * t
             tau = self.p.softness * square.mean().clamp_min(1e-12)
             self.cuts[name] = made = (state, spread(square, weight, self.p.form), tau)
-        if self.p.form == "channel":
-            return soft_mask(spread(_channel_square(weight), weight, "channel"), made[1], made[2])
         return soft_mask(weight * weight, made[1], made[2])
 
     def _harden(self, at: Moment) -> None:
