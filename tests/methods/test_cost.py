@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cupel.core.context import Context
+from cupel.core.fit import fit
 from cupel.core.scorecard import Readings
 from cupel.core.shelf import BITS, Shelf
 from cupel.core.steps import apply, build
@@ -22,8 +23,11 @@ from cupel.nets.separable import SeparableNet
 from cupel.ops.ledger import ledger_of
 from cupel.probes.cost.cost import Cost
 from cupel.storage.state import save_model
+from cupel.techniques.compress.binaryconnect import BinaryConnect
 from cupel.techniques.compress.dqa import DQA
+from cupel.techniques.compress.int8_ptq import Int8PTQ
 from cupel.workloads.vision.digits_cnn import DigitsCnn
+from cupel.workloads.vision.digits_mlp import DigitsMlp
 
 torch.set_num_threads(1)
 
@@ -228,3 +232,17 @@ def test_hooks_are_gone_after_an_error() -> None:
         cost(bench(net, torch.rand(2, 3)))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_operations_are_told_by_the_width_of_stored_weights() -> None:
+    subject = build(DigitsMlp(hidden=(16,), examples=96), Context())
+    plain = Cost().measure(subject, Context())
+    total = int(plain["operations"].value)
+    assert plain.figures["operations by bits"] == [{"bits": "32", "operations": total}]
+    int8 = Cost().measure(apply(Int8PTQ(examples=16), subject), Context())
+    assert int8.figures["operations by bits"] == [{"bits": "8", "operations": total}]
+    budget = replace(subject.budget, epochs=1)
+    signs = fit(subject.model, subject.data, subject.task, techniques=[BinaryConnect()], budget=budget)
+    assert Cost().measure(subject.with_model(signs), Context()).figures["operations by bits"] == [
+        {"bits": "1", "operations": total}
+    ]

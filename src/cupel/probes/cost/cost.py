@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -42,6 +42,33 @@ def stored_values(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def stored_bits(module: nn.Module, own: Mapping[str, Tensor]) -> float | None:
+    """Bits of a value of a module's weight matrices where the network is stored; `None` without matrices.
+
+    Codes count, and not the few scales beside them.
+    """
+    matrices = {name: t for name, t in own.items() if t.ndim > 1}
+    if not matrices:
+        return None
+    if "quantized" in type(module).__module__:
+        return 8.0
+    if not hasattr(module, "packed_state"):
+        return float(8 * next(iter(matrices.values())).element_size())
+    codes = [t for t in module.packed_state().values() if not t.is_floating_point()]
+    if not codes:  # it does not pack at present
+        return float(8 * next(iter(matrices.values())).element_size())
+    return 8 * sum(t.numel() * t.element_size() for t in codes) / sum(t.numel() for t in matrices.values())
+
+
+def by_bits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Multiply-adds of one forward by the width of the weights they read, narrowest first."""
+    found: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row["bits"] or math.inf):
+        width = "no weights" if row["bits"] is None else f"{row['bits']:.3g}"
+        found[width] = found.get(width, 0) + row["macs"]
+    return [{"bits": width, "operations": macs} for width, macs in found.items() if macs]
+
+
 def layer_table(model: nn.Module, ledger: Ledger, bits: Mapping[str, float]) -> list[dict[str, Any]]:
     """One row a module that holds weights or multiplies: params, sparsity of its matrices, bits, macs.
 
@@ -62,7 +89,7 @@ def layer_table(model: nn.Module, ledger: Ledger, bits: Mapping[str, float]) -> 
                 "params": sum(t.numel() for t in own.values()),
                 "nonzero": sum(int(t.count_nonzero()) for t in own.values()),
                 "sparsity": 1 - sum(int(t.count_nonzero()) for t in matrices) / entries if entries else 0.0,
-                "bits": bits.get(path),
+                "bits": bits.get(path, stored_bits(module, own)),
                 "macs": macs.get(path, 0),
             }
         )
@@ -95,6 +122,9 @@ class Cost:
       one that reads it, inputs and outputs of the running call included, parameters not. A layer's inner
       workspace is left out. Values are counted in the bytes that torch holds them in: activations that
       are only computed on a coarse grid (`dqa`) stay float here; their effective bits are in the table.
+
+    The table of layers tells the bits of a weight as stored (or as the technique that quantised it tells), and a
+    second one the operations by these widths.
 
     A network that is no modules but a graph (an ONNX file) says its own cost, counted node by node from the
     shapes in it, with `graph_cost(inputs)`; `size_bytes` is then the file, and what cannot be counted is a note.
@@ -130,5 +160,5 @@ class Cost:
             operations=exact(sum(op.macs for op in ledger.ops), "ops", "lower"),
             size_bytes=exact(size_of(model), "bytes", "lower"),
             peak_activation_bytes=exact(max(ledger.live_bytes()), "bytes", "lower"),
-            figures={"layers": rows},
+            figures={"layers": rows, "operations by bits": by_bits(rows)},
         )
