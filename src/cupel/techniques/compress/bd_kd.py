@@ -76,6 +76,11 @@ class BDKD:
     untrained one for the paper's protocol) and is put back, trained, as `partner`. A ModuleList or
     ModuleDict of networks, largest first, joins in pairs: in each, the larger one teaches.
 
+    Use: when a small network shall be accurate and well calibrated and no trained teacher exists yet; with a good
+    teacher at hand, `distill` is half the work.
+
+    Costs: teacher and student train together, so time and memory of both; nothing at inference.
+
     Shapes: logits of all networks `[B, K]`.
 
     Raises:

@@ -124,6 +124,11 @@ class BinaryConnect:
     Layers start at their own weights, stretched so that the largest is H. The sealed network holds W_b and is
     stored in one bit a weight; `added` computes a layer from those bits without products.
 
+    Use: when 1 bit a weight matters more than a point or two of accuracy, on networks with norms behind their
+    layers.
+
+    Costs: training as before; a thirty-second of the bytes; time falls only on hardware that adds without multiplying.
+
     Shapes: weights `[out, in, ...]` of linear and convolution layers. Biases, norms, embeddings, frozen weights and
     weights that several layers share stay real.
 

@@ -100,11 +100,13 @@ def _named(name: str, parts: tuple[str, ...]) -> bool:
 class Greenformer:
     r"""Replace each linear and convolution layer by two of low rank, from its weights or from scratch.
 
-    A linear layer W [O, I] becomes x -> B (A x) + b with A [r, I], B [O, r]; a convolution becomes one of
-    its own kernel with r channels and one of kernel 1. `svd` keeps the r largest singular values (of the
-    outputs on training data, with `whiten`), `nmf` and `snmf` are non-negative and half non-negative
-    factors, `random` starts afresh. A layer whose pair would not be smaller stays as it is; so does the
-    last layer, unless `only` names it.
+    A linear layer W [O, I] becomes x -> B (A x) + b with A [r, I], B [O, r]; a convolution becomes one of its own
+    kernel with r channels and one of kernel 1. `svd` keeps the r largest singular values (of the outputs on training
+    data, with `whiten`), `nmf` and `snmf` are non-negative and half non-negative factors, `random` starts afresh. A
+    layer whose pair would not be smaller stays as it is; so does the last layer, unless `only` names it.
+
+    Use: on wide linear layers or convolutions, before or after training; a few epochs win back most of what a low rank
+    loses. Costs: an SVD a layer, once; parameters and operations fall together, latency only where layers are large.
 
     Shapes: as before for every layer and the network.
 
@@ -112,13 +114,11 @@ class Greenformer:
         ParamError: an unknown submodule, `nmf` on negative weights, `whiten` without `svd`.
         PlanError: `whiten` without training data.
 
-    Source: Cahyawijaya et al., AAAI 2022, arXiv 2109.06762. `nmf`: Lee and Seung 2001. `snmf`: Ding, Li,
-    Jordan 2010.
+    Source: Cahyawijaya et al., AAAI 2022, arXiv 2109.06762. `nmf`: Lee and Seung 2001. `snmf`: Ding, Li, Jordan 2010.
 
-    Departs: rank 1.0 is a share, and only ranks above 1 are counts; the SVD is exact where the released
-    code samples it; groups of a grouped convolution are factorized each on its own, which keeps the
-    result exact at full rank; `nmf` refuses negative weights, which the released code lets pass;
-    `energy` and `whiten` are additions.
+    Departs: rank 1.0 is a share, and only ranks above 1 are counts; the SVD is exact where the released code samples
+    it; groups of a grouped convolution are factorized each on its own, which keeps the result exact at full rank; `nmf`
+    refuses negative weights, which the released code lets pass; `energy` and `whiten` are additions.
 
     Example:
         >>> Greenformer(rank=0.25, skip=("block1",)).solver

@@ -89,6 +89,11 @@ class GSM:
     `weight_decay` for it. How much each layer loses comes out by itself. Masks go to the shelf: they are also lottery
     tickets.
 
+    Use: to cut nine weights in ten or more from a trained network in one further fit, without fine-tuning and without
+    choosing shares by layer; not with Adam, and not where the fit is too short for the decay.
+
+    Costs: one ranking of all weights a step; afterwards zeros, which shrink the file but not the time.
+
     Shapes: weights `[out, in, ...]`; biases and norms learn as usual and stay dense.
 
     Raises:

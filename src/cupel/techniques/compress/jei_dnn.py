@@ -94,28 +94,28 @@ class JeiDnn:
     r"""Add exits to a frozen network, and train when to leave together with what to answer there.
 
     Each block but the last gets a linear head on its pooled output and a gate on four numbers of that head's
-    prediction. With g_l the gates' sigmoids, P_l = max(0, min(g_l, 1 - sum_{j<l} g_j)) is the probability of leaving
-    at l. After a warm-up of the heads alone, two phases alternate:
+    prediction. With g_l the gates' sigmoids, P_l = max(0, min(g_l, 1 - sum_{j<l} g_j)) is the probability of leaving at
+    l. After a warm-up of the heads alone, two phases alternate:
 
     - gates: the best exit of an example is argmin_l CE_l + cost_weight * cost_l; gate l learns whether l is past it;
     - heads: mean_i sum_l P_l CE_l [sum_l CE_l / sum_l P_l CE_l], where the bracket passes no gradient.
 
-    The result leaves at the first exit whose conditional probability reaches one half, and computes nothing beyond it
-    for that input. `exits(x)` tells which exit each input took, `mean_cost` what that cost.
+    An input leaves at the first exit whose conditional probability reaches one half; nothing beyond is computed for it.
+    `exits(x)` tells which exit each took, `mean_cost` what that cost.
+
+    Use: where most inputs are easy and the mean cost counts. Costs: a short fit; a latency that differs by input.
 
     Shapes: block outputs `[B, C, H, W]`, `[B, C, T]`, `[B, T, D]` or `[B, D]`; logits `[B, K]`.
 
     Raises:
-        PlanError: the anatomy names fewer than two blocks, or the network does not treat rows of a batch one by one
-            from block to block.
+        PlanError: the anatomy names fewer than two blocks, or rows of a batch are not treated one by one.
 
     Source: Regol, Chataoui, Coates, ICLR 2024, arXiv 2310.09163.
 
     Departs: gates learn on the validation split, which neither backbone nor heads have seen; label weights come from
-    the cumulative labels 1[l >= l*], and `balance` below 1 weakens them: at prices near zero full weights send too much
-    out early (six points of accuracy in the claim's run), at higher ones they gain a little; the bracket is detached
-    (in the released code it cancels); costs are shares of the plain backbone, so the last is a little over one; the
-    warm-up has a fixed length; features are standardised for training and the scaling folded into the heads.
+    the cumulative labels 1[l >= l*]; `balance` below 1 weakens them (full ones send too much out early at prices near
+    zero); the bracket is detached (in the released code it cancels); costs are shares of the plain backbone; the
+    warm-up has a fixed length; features are standardised for training, the scaling folded into the heads.
 
     Example:
         >>> JeiDnn(cost_weight=0.5).balance

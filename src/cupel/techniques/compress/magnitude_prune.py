@@ -53,6 +53,10 @@ class MagnitudePrune:
     `ramp` of the fit; `ramp=0` prunes once. Pruned weights stay zero from then on; with `regrow` they are
     masked in the forward only, go on learning through it, and may come back until the fit ends.
 
+    Use: first, and as the baseline of every other pruner; with `regrow` it is hard to beat.
+
+    Costs: one selection a step in training; afterwards zeros that shrink the file, and no time.
+
     Shapes: weights `[out, in, ...]`; biases and norms stay dense.
 
     Raises:
