@@ -49,3 +49,17 @@ def test_links_lead_somewhere() -> None:
     for page in [TOP / "README.md", *(TOP / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_recipe_of_every_page_is_read() -> None:
+    from cupel.runner.recipe import recipe_of
+
+    count = 0
+    for name, text in pages().items():
+        for block in re.findall(r"In a recipe:\n\n```yaml\n(.*?)```", text, re.DOTALL):
+            found = yaml.safe_load(block)
+            parts = {"steps": found} if isinstance(found, list) else found
+            rest = {"workload": "digits-cnn", "steps": ["fit"], "probes": ["accuracy"]}
+            assert recipe_of(**(rest | parts)).plain(), name
+            count += 1
+    assert count > 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,25 @@ def method_page(entry: Entry) -> str:
         lines += ["| parameter | default | range | meaning |", "|---|---|---|---|"]
         lines += [f"| `{p.name}` | `{p.default!r}` | {p.span} {p.unit} | {p.doc} |" for p in entry.params()]
         lines.append("")
+    lines += _recipe_lines(entry)
     record = record_of(entry.name)
     return "\n".join([*lines, *(_claim_lines("Claim", record) if record else ["Claim: unmeasured.", ""])])
+
+
+def _recipe_lines(entry: Entry) -> list[str]:
+    """Where it stands in a recipe, with its first parameter at its default."""
+    first = next((p for p in entry.params() if isinstance(p.default, (int, float, str)) and p.default != ""), None)
+    value = json.dumps(first.default) if first else ""
+    ref = f"{{{entry.name}: {{{first.name}: {value}}}}}" if first else entry.name
+    lines = {
+        "workload": [f"workload: {ref}"],
+        "probe": [f"probes: [{ref}]"],
+        "technique": [f"- fit: {{techniques: [{ref}]}}"],
+        "engine": [],
+    }[entry.kind]
+    if entry.kind == "technique" and not {"data", "update", "hook"} & set(entry.forms()):
+        lines = [f"- apply: {ref}"]
+    return ["In a recipe:", "", "```yaml", *lines, "```", ""] if lines else []
 
 
 def pages() -> dict[str, str]:

@@ -130,7 +130,7 @@ KINDS: dict[type[nn.Module], tuple[type[nn.Module], int]] = {
 class DQA:
     r"""Store activations in few bits, with extra bits for the channels that matter most.
 
-    A value x in a layer's calibrated range [lo, hi] becomes q = clip(round((x - lo) / s_n), 0, 2^n - 1), s_n = (hi -
+    A value x in a layer's range [lo, hi] becomes q = clip(round((x - lo) / s_n), 0, 2^n - 1), s_n = (hi -
     lo) / (2^n - 1). In an important channel it becomes c, the same with n + m bits, stored as h = c >> m in n bits and
     the rest e = c - (h << m), which a Huffman table of the layer codes. The layer computes with q s_n + lo, or with ((h
     << m) + e) s_(n+m) + lo. The effective bits a value, on the shelf for every layer, are n + (share of important
@@ -139,8 +139,8 @@ class DQA:
     The network computes with these values in float, with straight-through gradients; `encode` and `decode` make the
     real stream. Weights stay as they are.
 
-    Use: for activations of 3 to 5 bits where memory traffic costs most; a direct quantiser at the same effective bits
-    is often as good. Costs: no training; one ranking pass a channel; the decoding of codes at inference.
+    Use: for activations of 3 to 5 bits where traffic costs most; a direct quantiser at the same bits is often as good.
+    Costs: no training; one ranking pass a channel; the decoding of codes at inference.
 
     Shapes: inputs of linear layers `[..., C]`, of convolutions `[B, C, ...]`.
 
@@ -149,9 +149,8 @@ class DQA:
 
     Source: Hu, Henderson, Cano, 2024, arXiv 2412.09687, section 3 (no code is public: details are reconstructed).
 
-    Departs: channels are ranked with all other layers in float (with all at n bits the score of one channel drowns), by
-    the squared error of the outputs unless `ranking` says otherwise. Layers that are not called as modules (the
-    projections inside torch's attention) stay as they are and are not listed.
+    Departs: channels are ranked with all other layers in float, by the squared error of the outputs unless `ranking`
+    says otherwise. Layers not called as modules (inside torch's attention) stay as they are and are not listed.
 
     Example:
         >>> DQA(bits=3).extra
