@@ -1,4 +1,4 @@
-"""Groups of channels against torch-pruning's, and cut networks against masked ones, on eleven architectures."""
+"""Groups of channels against torch-pruning's, and cut networks against masked ones, on a dozen architectures."""
 
 from __future__ import annotations
 
@@ -156,13 +156,25 @@ class Encoder(nn.Module):
         return self.head(self.layer(self.up(x[:, 0])).mean(1))
 
 
+class Halves(nn.Module):
+    """One layer whose outputs are parted in two, each read by a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.left, self.right = nn.Conv2d(3, 12, 3), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.relu(self.both(x)).chunk(2, 1)
+        return (self.left(a) + self.right(b)).mean((2, 3))
+
+
 def vit() -> ViT:
     return ViT(3, 16, 5, 4, 16, 2, 4)
 
 
 KINDS = {
     k.__name__: k
-    for k in (VGG, Residual, Dense, ConvNext, UNet, Squeezed, Shared, Grouped, Fused, Encoder, vit)
+    for k in (VGG, Residual, Dense, ConvNext, UNet, Squeezed, Shared, Grouped, Fused, Encoder, Halves, vit)
 }  # fmt: skip
 PEERS = ("VGG", "Residual", "Dense", "ConvNext", "UNet", "Squeezed", "Shared", "Encoder")
 
