@@ -25,8 +25,9 @@ import torch
 from cupel.core.errors import ContractError, MissingData, ParamError
 from cupel.data import sets
 from cupel.data.dataset import DataSet, entry_in
-from cupel.data.fetch import fetch, holding, sha256
+from cupel.data.fetch import fetch, sha256
 from cupel.data.found import Found
+from cupel.data.holding import holding
 from cupel.data.local import local, located, places
 from cupel.data.movielens import MovieLens
 from cupel.data.planetoid import Citations

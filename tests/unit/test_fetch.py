@@ -29,7 +29,8 @@ from cupel.core.errors import MissingData
 from cupel.data import sets
 from cupel.data.dataset import DataSet, File
 from cupel.data.download import PIECE, NoRoom
-from cupel.data.fetch import Fetched, Manner, fetch, holding
+from cupel.data.fetch import Fetched, Manner, fetch
+from cupel.data.holding import holding
 
 BODY = bytes(range(256)) * 1200  # 307,200 bytes: more than four pieces
 OTHER = BODY[::-1]

@@ -38,7 +38,7 @@ def list_(
 
     Examples:  cupel data list   ·   cupel data list ucr   ·   cupel data list --json
     """
-    from cupel.data.fetch import holding
+    from cupel.data.holding import holding
     from cupel.data.local import places
     from cupel.data.sets import entries, find
 
@@ -124,8 +124,9 @@ def fetch(
 
     Examples:  cupel data fetch fashion-mnist   ·   cupel data fetch ucr/GunPoint --data-dir data
     """
-    from cupel.data.fetch import Manner, holding
+    from cupel.data.fetch import Manner
     from cupel.data.fetch import fetch as bring
+    from cupel.data.holding import holding
     from cupel.data.sets import find
 
     entry = find(name)
@@ -207,7 +208,7 @@ def path(
     Example:  cupel data path fashion-mnist
     """
     from cupel.core.errors import MissingData
-    from cupel.data.fetch import holding
+    from cupel.data.holding import holding
     from cupel.data.local import places
     from cupel.data.sets import find
 

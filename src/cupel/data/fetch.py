@@ -1,37 +1,21 @@
-"""Bring a named data set to this machine, and say what is here."""
+"""Bring a named data set to this machine."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cupel.core.errors import MissingData
+from cupel.data.alone import alone
 from cupel.data.archive import unpack
 from cupel.data.dataset import DataSet, File
 from cupel.data.download import NoRoom, Resume, Unavailable
+from cupel.data.holding import holding
 from cupel.data.local import located, places
-
-
-@dataclass(frozen=True)
-class Holding:
-    """What of a set is on this machine.
-
-    Args:
-        state: `here`, `part` or `absent`.
-        folder: the folder that holds it, or the part of it.
-        missing: files that are not here.
-    """
-
-    state: str
-    folder: Path | None
-    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,47 +55,6 @@ class Manner:
     say: Callable[[str], None] = lambda words: None
 
 
-def holding(entry: DataSet, data_dir: Path | None = None) -> Holding:
-    """What of a set is here, in any of the places (a file may lie in another place than its neighbour)."""
-    if entry.members:
-        held = [holding(entry.of(member), data_dir) for member in entry.members]
-        missing = tuple(m for m, h in zip(entry.members, held, strict=True) if h.state != "here")
-        folder = next((h.folder for h in held if h.folder), None)
-        return Holding("absent" if len(missing) == len(held) else "part" if missing else "here", folder, missing)
-    if not entry.files and not entry.also:
-        return Holding("here", _package(entry))
-    wanted = tuple(f.wanted for f in entry.files)
-    groups = tuple(group for group in (wanted, *entry.also) if group)
-    where = places(data_dir)
-    for look in (*([place] for place in where), where):  # whole in one place first, then put together from several
-        for group in groups:
-            found = [_first(look, name) for name in group]
-            if (one := found[0]) is not None and None not in found:
-                return Holding("here", one if one.is_dir() and len(group) == 1 else _top(one, group[0], entry))
-    some = [(p, n) for n in wanted if (p := _first(where, n)) is not None]
-    missing = tuple(n for n in wanted if _first(where, n) is None)
-    return Holding("part" if some else "absent", _top(*some[0], entry) if some else None, missing)
-
-
-def _first(where: list[Path], name: str) -> Path | None:
-    return next((place / name for place in where if (place / name).exists()), None)
-
-
-def _top(path: Path, name: str, entry: DataSet) -> Path:
-    """The set's folder in the place where `name` was found at `path`."""
-    place = path.parents[len(Path(name).parts) - 1]
-    return place / Path(name).parts[0] if len(Path(name).parts) > 1 else place / entry.folder
-
-
-def _package(entry: DataSet) -> Path | None:
-    """Where scikit-learn keeps its own data; found without importing it."""
-    from importlib.util import find_spec
-
-    spec = find_spec("sklearn")
-    roots = spec.submodule_search_locations if spec else None
-    return Path(next(iter(roots))) / "datasets" / "data" if roots else None
-
-
 def fetch(entry: DataSet, data_dir: Path | None = None, manner: Manner = Manner()) -> list[Fetched]:
     """Bring what is missing of a set; an empty list when it is all here.
 
@@ -134,7 +77,7 @@ def fetch(entry: DataSet, data_dir: Path | None = None, manner: Manner = Manner(
             f"Put {' and '.join(f.wanted for f in entry.files)} into {target}."
         )
     brought = []
-    with _alone(target, entry.name, manner.say):
+    with alone(target, entry.name, manner.say):
         if not manner.again and (data_dir is None or _in(target, entry)) and holding(entry, data_dir).state == "here":
             return []
         for file in entry.files:
@@ -272,61 +215,3 @@ def _room(folder: Path, wanted: int) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _alone(target: Path, name: str, say: Callable[[str], None]) -> Iterator[None]:
-    """One fetch of a set at a time in a folder; a second one waits and then finds it there.
-
-    The lock goes with the process that holds it, however that ends.
-    """
-    path = target / f".{name.replace('/', '-')}.lock"
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        told = False
-        while True:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            if _lock(file) and _same(file, path):
-                break
-            os.close(file)
-            if not told:
-                say(f"another fetch of {name} is at work in {target}; waiting for it")
-                told = True
-            time.sleep(0.2)
-    except OSError as error:
-        raise NoRoom(
-            f"the folder {target} must be writable; got {error.strerror}. "
-            "Change its rights, or name another folder with --data-dir."
-        ) from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # Windows keeps a file that is open
-            path.unlink()
-        os.close(file)
-
-
-def _lock(file: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _same(file: int, path: Path) -> bool:
-    """Whether the locked file is still the one at `path`: its last holder removes it."""
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
