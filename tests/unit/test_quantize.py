@@ -86,7 +86,7 @@ def test_value_range_covers_the_middle() -> None:
     assert (float(low), float(high)) == (5.0, 94.0)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [*range(1, 10), 12, 15, 16, 17, 24, 25, 31, 32])
 def test_packing_is_exact_and_as_small_as_can_be(bits: int) -> None:
     draw = torch.Generator().manual_seed(bits)
     for count in (0, 1, 7, 8, 9, 1000):

@@ -166,7 +166,7 @@ def power_of_two_fraction(limit: float, bits: int) -> int:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes in [0, 2^bits) of any shape, 1 <= bits <= 8, as bytes: `[ceil(N * bits / 8)]` uint8.
+    """Codes in [0, 2^bits) of any shape, 1 <= bits <= 32, as bytes: `[ceil(N * bits / 8)]` uint8.
 
     Code after code, each with its lowest bit first; the last byte is filled up with zeros.
 
@@ -181,12 +181,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(
             f"codes must be in [0, {2**bits}); got {flat.min()} to {flat.max()}. Clip them or use more bits."
         )
-    split = np.unpackbits(flat.astype(np.uint8)[:, None], axis=1, count=bits, bitorder="little")  # [N, bits]
+    word = _word(bits)
+    octets = flat.astype(word).view(np.uint8).reshape(len(flat), word.itemsize)  # lowest byte first
+    split = np.unpackbits(octets, axis=1, count=bits, bitorder="little")  # [N, bits]
     return torch.from_numpy(np.packbits(split.reshape(-1), bitorder="little"))
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The `count` codes that `pack_codes` put into `packed`, `[count]` uint8.
+    """The `count` codes that `pack_codes` put into `packed`, `[count]`: uint8, above 8 bits int32, above 16 int64.
 
     Raises:
         ValueError: too few bytes.
@@ -196,5 +198,14 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{count} codes of {bits} bits must have {-(-count * bits // 8)} bytes; got {len(packed)}. "
             "Pass all the bytes that `pack_codes` returned."
         )
+    word = _word(bits)
     split = np.unpackbits(packed.detach().cpu().numpy(), count=count * bits, bitorder="little")
-    return torch.from_numpy(np.packbits(split.reshape(count, bits), axis=1, bitorder="little")[:, 0])
+    octets = np.zeros((count, word.itemsize), np.uint8)
+    octets[:, : -(-bits // 8)] = np.packbits(split.reshape(count, bits), axis=1, bitorder="little")
+    codes = octets.view(word)[:, 0]
+    return torch.from_numpy(codes if bits <= 8 else codes.astype(np.int32 if bits <= 16 else np.int64))
+
+
+def _word(bits: int) -> np.dtype[np.unsignedinteger]:
+    """The narrowest unsigned word that holds `bits` bits, its lowest byte first."""
+    return np.dtype("u1" if bits <= 8 else "<u2" if bits <= 16 else "<u4")

@@ -15,6 +15,7 @@ from cupel.core.errors import PlanError
 from cupel.core.params import param
 from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.slots import phase
+from cupel.ops.own_layers import own_layers
 from cupel.ops.quantize import pack_codes, unpack_codes
 from cupel.ops.swap import swapped
 
@@ -101,16 +102,6 @@ KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv3d: BinaryConv3d,
 }
 PLAIN = {binary: plain for plain, binary in KINDS.items()}
-
-
-def binary_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear and convolution layers whose weight is trained and is used by them alone, by name."""
-    users: dict[int, int] = {}
-    for _, p in model.named_parameters(remove_duplicate=False):
-        users[id(p)] = users.get(id(p), 0) + 1
-    kinds = (*KINDS, *PLAIN)
-    found = {n: m for n, m in model.named_modules() if type(m) in kinds and isinstance(m.weight, nn.Parameter)}
-    return {n: m for n, m in found.items() if m.weight.requires_grad and users[id(m.weight)] == 1}
 
 
 @dataclass(frozen=True)
@@ -201,7 +192,7 @@ class _Connect(Hook):
 
     @torch.no_grad()
     def start(self, at: Moment) -> None:
-        layers = binary_layers(at.model)
+        layers = own_layers(at.model, (*KINDS, *PLAIN))
         if not layers:
             raise PlanError(
                 "a network for binaryconnect must have a linear or convolution layer of its own to train; it has none. "

@@ -20,7 +20,7 @@ CARD = Card(
     source="A. Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021, arXiv 2010.11929 (network); "
     "E. Alpaydin, C. Kaynak, Cascading Classifiers, Kybernetika 34(4), 1998 (data)",
     tags=("image", "small", "transformer"),
-    gives=("weights", "gradients", "members", "classes", "images", "bounded", "blocks"),
+    gives=("weights", "gradients", "members", "classes", "images", "bounded", "blocks", "attention"),
     expects="0.97 test accuracy: k-NN reaches 0.98 on this set (Alpaydin and Kaynak 1998); no figure of a transformer "
     "on 1,077 images is known to us, and one without convolutional priors is expected a point below",
     tiny={"width": 8, "depth": 2, "heads": 2, "examples": 96},
