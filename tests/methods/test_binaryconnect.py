@@ -24,14 +24,16 @@ from cupel.core.steps import apply, build
 from cupel.core.tasks import Classification
 from cupel.core.types import Batch, Budget
 from cupel.nets.convnet import ConvNet
+from cupel.ops.own_layers import own_layers
 from cupel.probes.cost.cost import Cost
 from cupel.storage.state import load_into, load_state, save_model
 from cupel.techniques.compress.binaryconnect import (
+    KINDS,
+    PLAIN,
     BinaryConnect,
     BinaryConv2d,
     BinaryLinear,
     added,
-    binary_layers,
     glorot,
     signs,
     through,
@@ -294,12 +296,13 @@ def test_real_weights_for_inference() -> None:
 
 def test_only_weights_of_its_own_are_binary() -> None:
     model = ConvNet(1, 10, 4)
-    assert list(binary_layers(model)) == ["block1.conv", "block2.conv", "block3.conv", "head"]
+    kinds = (*KINDS, *PLAIN)
+    assert list(own_layers(model, kinds)) == ["block1.conv", "block2.conv", "block3.conv", "head"]
     model.block2.conv.weight.requires_grad_(False)
     tied = nn.ModuleDict({"table": nn.Embedding(4, 3), "read": nn.Linear(3, 4), "own": nn.Linear(4, 4)})
     tied["read"].weight = tied["table"].weight
-    assert list(binary_layers(model)) == ["block1.conv", "block3.conv", "head"]
-    assert list(binary_layers(tied)) == ["own"]
+    assert list(own_layers(model, kinds)) == ["block1.conv", "block3.conv", "head"]
+    assert list(own_layers(tied, kinds)) == ["own"]
     before = model.block2.conv.weight.detach().clone()
     subject = build(DigitsCnn(width=4, examples=96), Context())
     made = fit(model, subject.data, subject.task, techniques=[BinaryConnect()], budget=Budget(epochs=1))
