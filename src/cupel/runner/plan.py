@@ -132,10 +132,14 @@ def method_of(kind: str, ref: Ref) -> Any:
 
 
 def _check_extras(card: Card) -> None:
+    if not card.extras:
+        return
+    try:
+        declared = requires("cupel") or []
+    except PackageNotFoundError:  # run from its folder, not installed: the method itself says what it lacks
+        return
     for extra in card.extras:
-        wanted = [
-            r.split(";")[0].strip() for r in requires("cupel") or [] if f'extra == "{extra}"' in r.replace("'", '"')
-        ]
+        wanted = [r.split(";")[0].strip() for r in declared if f'extra == "{extra}"' in r.replace("'", '"')]
         for package in (w.split(">")[0].split("=")[0].split("[")[0].strip() for w in wanted):
             try:
                 version(package)
