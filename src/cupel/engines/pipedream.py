@@ -116,6 +116,11 @@ class PipeDream:
     meets weights its forward did not use. `predict` stashes w - d lr v instead, where the update rule's direction v
     says the weights will be in d updates, the delay of the stage. Replicas of a stage average their gradients.
 
+    Use: when a chain of layers does not fit one worker, or its gradients are too large to average; plan with a
+    `ClusterJob` first. On one machine with one fast device, plain training is faster.
+
+    Costs: memory for as many versions of the weights as mini-batches are in flight; gradients that are late.
+
     Shapes: each layer takes `[B, ...]` and gives `[B, ...]`.
 
     Raises:

@@ -29,11 +29,13 @@ def card_is_literal(entry: Entry) -> None:
 
 
 def is_documented(entry: Entry) -> None:
-    """One sentence, source, example; every parameter explained; the file short enough to read."""
+    """One sentence, use, costs, source, example; every parameter explained; the file short enough to read."""
     doc, text = entry.doc(), entry.path.read_text(encoding="utf-8")
     assert entry.summary().endswith(".") and "Source" in doc and ">>>" in doc, (
         "docstring lacks a sentence, Source or Example"
     )
+    if entry.kind in ("technique", "engine"):
+        assert "Use: " in doc and "Costs: " in doc, "docstring does not tell when to use it and what it costs"
     assert all(p.doc for p in entry.params()), "a parameter has no meaning written down"
     assert text.count("\n") <= MOST_LINES, f"{text.count(chr(10))} lines"
     for node in ast.walk(ast.parse(text)):

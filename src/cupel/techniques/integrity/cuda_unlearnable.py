@@ -61,6 +61,11 @@ class CudaUnlearnable:
     clean images. No model is needed. The run's seed is the key; the kernels go on the shelf. Only
     training images are changed, never those for validation or test. The copies are 8-bit images.
 
+    Use: to see what a trained model can still learn from data that its owner made unlearnable, or to protect images
+    that are published. Not against training that adds blur or adversarial examples.
+
+    Costs: one convolution an image, once; the model that learns from them is the one that pays.
+
     Shapes: training inputs `[N, C, H, W]` within the workload's bounds, unchanged in shape and dtype.
 
     Raises:

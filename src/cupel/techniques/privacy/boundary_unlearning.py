@@ -80,6 +80,11 @@ class BoundaryUnlearning:
     Shrink works only if most steps do cross the boundary: their share is measured, and eps is raised by
     a quarter (beyond `eps_max` ten steps are made) until it reaches `hit_rate`; see the artefact `forgetting`.
 
+    Use: when a whole class must be forgotten faster than by training anew; ask `membership` afterwards. Not for single
+    examples.
+
+    Costs: a short fit on the examples to forget; the remaining classes lose a little.
+
     Shapes: any classifier of bounded inputs with logits `[B, K]`; the output shape stays.
 
     Raises:

@@ -126,6 +126,11 @@ class GbCnn:
     `trunk: network` (GB-CNN) starts from the network without its head, whose weights go on learning in every round;
     train it first (`fit`, then `apply`). `trunk: none` (GB-DNN) works on the flattened inputs.
 
+    Use: where a network may grow by rounds and early exits come for free; rarely better than one network trained as
+    long.
+
+    Costs: one fit a round, each on top of what stands; parameters add up.
+
     Shapes: inputs `[B, ...]`, class numbers `[B]`, logits `[B, K]`.
 
     Raises:

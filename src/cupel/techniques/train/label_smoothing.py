@@ -30,6 +30,10 @@ class LabelSmoothing:
 
     L = (1 - doubt) * CE(p, y) + doubt * mean over k of CE(p, k).
 
+    Use: against over-confidence on clean labels; not below `distill`, whose students learn less from smoothed teachers.
+
+    Costs: nothing worth counting.
+
     Shapes: logits `[B, K]`, targets `[B]`.
 
     Source: Szegedy et al., CVPR 2016, section 7.

@@ -111,6 +111,10 @@ class MKOR:
     which costs d^2 and would send only d numbers over a network. A factor whose largest entry passes `bound` is mixed
     with the identity. The gradient becomes L^-1 [dW | db] R^-1 at its old norm, so the inner rule keeps its lr.
 
+    Use: where second-order steps pay, on networks with wide layers and few epochs; tune the learning rate anew.
+
+    Costs: two small matrix products a layer and step, and as much memory as two factors of every layer's sides.
+
     Shapes: Linear weights `[o, i]`, Conv2d weights `[o, c, k, k]`; all other parameters keep their gradients.
 
     Raises:

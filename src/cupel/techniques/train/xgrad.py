@@ -52,6 +52,10 @@ class XGrad:
     of the inner rule: the momentum buffer of SGD, or m / (sqrt(v) + eps) with bias correction for Adam. Then w_t is
     put back and the inner rule steps with that gradient. Running statistics of batch norm see the predicted weights.
 
+    Use: in a pipeline whose gradients are late, or as a look-ahead around any rule with momentum; no gain without it.
+
+    Costs: a copy of the weights and one addition a step.
+
     Shapes: parameters of any shape.
 
     Raises:
