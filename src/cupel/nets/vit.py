@@ -12,7 +12,11 @@ class Attention(nn.Module):
     The attention map passes through `normalise`, a submodule, so that a forward hook there sees it
     (`[B, heads, T, T]`, rows add up to one) and another module can take its place.
 
-    Shapes: `[B, T, width]` -> `[B, T, width]`; `heads` must divide `width`.
+    Args:
+        bias: added to the scores before they are normalised; broadcasts against `[B, heads, T, T]`.
+        seen: filled, where it is given, with what was computed on the way: the `map`, the `keys` and the `values`.
+
+    Shapes: `[B, T, width]` -> `[B, T, width]`; `heads` must divide `width`; keys and values `[B, heads, T, d]`.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -28,10 +32,13 @@ class Attention(nn.Module):
         """`[B, T, heads * d]` -> `[B, heads, T, d]`."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, width]
+    def forward(self, x: Tensor, bias: Tensor | None = None, seen: dict[str, Tensor] | None = None) -> Tensor:
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        mixed = self.normalise(scores) @ v  # [B, heads, T, d]
+        found = self.normalise(scores if bias is None else scores + bias)
+        if seen is not None:
+            seen.update(map=found, keys=k, values=v)
+        mixed = found @ v  # [B, heads, T, d]
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
