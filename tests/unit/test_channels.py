@@ -319,6 +319,24 @@ def test_a_plain_number_in_the_forward_is_refused() -> None:
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
 
 
+def test_a_forward_that_depends_on_the_number_of_channels_is_refused() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.a(x))
+            return self.b(x / x.shape[1])
+
+    net, x = Scaled().eval(), torch.randn(2, 4)
+    structure = structure_of(net, x)
+    gone = torch.arange(structure.count) < 3
+    with pytest.raises(ValueError, match="must compute the same after zero channels are cut; this one differs by"):
+        cut_or_refuse(net, x, structure, gone)
+    assert net.a.out_features == 6
+
+
 def test_a_narrow_norm_divides_by_the_whole_width() -> None:
     norm, x = nn.LayerNorm(6), torch.randn(5, 6)
     nn.init.normal_(norm.weight)
