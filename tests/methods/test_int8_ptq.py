@@ -220,3 +220,47 @@ def bench_of(made: Subject, x: Tensor) -> Tensor:
     """The same layer from its stored integers, in float."""
     layer = next(m for m in made.model.modules() if callable(getattr(m, "weight", None)))
     return nn.functional.linear(x.float(), layer.weight().dequantize(), layer.bias()).double().detach()
+
+
+def test_scales_of_powers_of_two_are_those_of_the_least_squared_error() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = torch.randn(64, 20)
+    made = apply(Int8PTQ(scales="power-of-two"), bench(net, x)).model
+    state = made.state_dict()
+    scales = {name: float(v) for name, v in state.items() if "scale" in name and isinstance(v, Tensor)}
+    assert len(scales) >= 3 and all(np.log2(s) == round(np.log2(s)) for s in scales.values())
+    weight = made.net.get_submodule("0").weight()
+    assert weight.qscheme() == torch.per_tensor_affine and weight.q_zero_point() == 0
+    w = net[0].weight.detach().double().numpy()
+
+    def error(f: int, values: np.ndarray, low: int, high: int) -> float:
+        return float(((np.clip(np.rint(values * 2.0**f), low, high) / 2.0**f - values) ** 2).sum())
+
+    errors = [error(f, w, -127, 127) for f in range(-12, 25)]
+    assert weight.q_scale() == 2.0 ** (12 - int(np.argmin(errors)))
+    top = int(state[next(k for k in state if "input_zero" in k)])  # zero lies in the middle of the codes: 64 or 128
+    assert top in (64, 128)
+    errors = [error(f, x.double().numpy(), -top, top - 1) for f in range(-12, 25)]
+    assert scales[next(k for k in scales if "input_scale" in k)] == 2.0 ** (12 - int(np.argmin(errors)))
+    hidden = made.net.get_submodule("0")
+    assert int(hidden.zero_point) == 0  # behind a ReLU nothing is negative: all codes are above zero
+    free = apply(Int8PTQ(), bench(net, x)).model
+    with torch.no_grad():
+        wanted = net(x)
+        assert float((free(x) - wanted).norm()) < float((made(x) - wanted).norm()) < 0.05 * float(wanted.norm())
+
+
+def test_layers_converted_one_by_one_can_have_such_scales_too() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x if float(x.sum()) > 0 else -x)
+
+    made = apply(Int8PTQ(scales="power-of-two"), bench(Looking(), torch.randn(16, 5))).model
+    assert not made.whole
+    found = [float(v) for k, v in made.state_dict().items() if k.endswith("scale")]
+    assert found and all(np.log2(v) == round(np.log2(v)) for v in found)
