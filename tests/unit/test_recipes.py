@@ -43,5 +43,7 @@ def test_recipe_runs(path: Path) -> None:
     card = run(recipe)
     for name, variant in card["variants"].items():
         assert not variant["failures"], name
-        assert all(p["readings"] for p in variant["probes"].values()), name
+        for probe, found in variant["probes"].items():
+            told = any(note.startswith("not applicable: ") for note in found["notes"])  # int8 has no gradients
+            assert found["readings"] or told, (name, probe, found["notes"])
     assert len(card["gate"]) == len(recipe.gate)
