@@ -18,7 +18,8 @@ from cupel.core.shelf import TEACHER, Shelf
 from cupel.core.slots import Hooks, phase
 from cupel.core.tasks import Classification
 from cupel.core.types import Batch, Budget
-from cupel.techniques.compress.distill import Distill, soft_target_loss
+from cupel.ops.divergences import soft_target_loss
+from cupel.techniques.compress.distill import Distill
 
 torch.set_num_threads(1)
 BUDGET = Budget(epochs=3, batch_size=16, optimizer="adam", lr=1e-2)

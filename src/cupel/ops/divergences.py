@@ -21,3 +21,11 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Shannon entropy of softened predictions, per row: logits `[B, K]` -> `[B]`, in nats."""
     p = F.log_softmax(logits / temperature, dim=-1)
     return -(p.exp() * p).sum(-1)
+
+
+def soft_target_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over rows: logits `[B, K]` -> scalar.
+
+    T^2 makes up for the gradients of softened logits, which shrink as 1 / T^2.
+    """
+    return temperature**2 * kl(teacher, student, temperature).mean()

@@ -16,7 +16,7 @@ from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.shelf import PARTNER, TEACHER
 from cupel.core.slots import phase
 from cupel.core.types import Batch
-from cupel.ops.divergences import entropy, kl
+from cupel.ops.divergences import entropy, kl, soft_target_loss
 
 CARD = Card(
     name="bd-kd",
@@ -63,7 +63,7 @@ def student_term(student: Tensor, teacher: Tensor, p: BDKD) -> Tensor:
 
 def teacher_term(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """mean T^2 KL(p_t || p_s), which moves the teacher towards the student. No gradient to the student."""
-    return temperature**2 * kl(teacher, student.detach(), temperature).mean()
+    return soft_target_loss(teacher, student.detach(), temperature)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.shelf import TEACHER
 from cupel.core.slots import phase
 from cupel.core.types import Batch, still
-from cupel.ops.divergences import kl
+from cupel.ops.divergences import soft_target_loss
 from cupel.ops.ledger import ledger_of
 from cupel.ops.quantize import pack_codes, sign_through, unpack_codes
 
@@ -241,6 +241,6 @@ class _Taught(Hook):
             return loss
         with still(self.teacher), torch.no_grad():
             target = self.teacher(batch.inputs)
-        soft = self.p.temperature**2 * kl(target, out, self.p.temperature).mean()
+        soft = soft_target_loss(target, out, self.p.temperature)
         # As a difference, so that terms that other techniques added before stay as they are.
         return loss + self.p.weight * (soft - at.task.loss(out, batch))

@@ -13,7 +13,7 @@ from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.shelf import TEACHER
 from cupel.core.slots import phase
 from cupel.core.types import Batch, still
-from cupel.ops.divergences import kl
+from cupel.ops.divergences import soft_target_loss
 
 CARD = Card(
     name="distill",
@@ -25,14 +25,6 @@ CARD = Card(
     reads=("teacher",),
     neutral={"weight": 0.0},
 )
-
-
-def soft_target_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over rows: logits `[B, K]` -> scalar.
-
-    T^2 makes up for the gradients of softened logits, which shrink as 1 / T^2.
-    """
-    return temperature**2 * kl(teacher, student, temperature).mean()
 
 
 @dataclass(frozen=True)
