@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from cupel.ops import channel_heads as heads
 from cupel.ops import channel_shapes as shapes
 from cupel.ops.labels import Flow, Held, Labels, aligned, laid
 
@@ -44,14 +45,15 @@ class Follower:
         self.name = self.name_before = ""  # of the operation, and of the one before it
         self.rules: dict[str, Rule] = {
             "linear": linear, "batch_norm": batch_norm, "instance_norm": batch_norm, "layer_norm": layer_norm,
-            "embedding": embedding, "matmul": matmul, "bmm": matmul, "scaled_dot_product_attention": attention,
-            "softmax": softmax, "log_softmax": softmax, "cat": shapes.cat, "unbind": shapes.unbind,
+            "embedding": embedding, "scaled_dot_product_attention": heads.attention,
+            **dict.fromkeys(("matmul", "bmm"), heads.matmul),
+            "softmax": heads.softmax, "log_softmax": heads.softmax, "cat": shapes.cat, "unbind": shapes.unbind,
             "select": shapes.select, "split": shapes.pieces, "chunk": shapes.pieces, "slice": shapes.slice_,
             **dict.fromkeys(("transpose", "permute", "t"), shapes.permuted),
-            "mean": shapes.mean, "sum": shapes.sum_, "expand": shapes.expand, "pad": pad, "prelu": prelu,
+            "mean": shapes.mean, "sum": shapes.sum_, "expand": shapes.expand, "pad": shapes.pad, "prelu": prelu,
             **{f"conv{d}d": convolution for d in (1, 2, 3)},
             **{f"conv_transpose{d}d": transposed for d in (1, 2, 3)},
-            **dict.fromkeys(("add", "sub", "mul", "div"), binary), **dict.fromkeys(_POOLS, pool),
+            **dict.fromkeys(("add", "sub", "mul", "div"), binary), **dict.fromkeys(_POOLS, shapes.pool),
             **dict.fromkeys((*_KEEP_ZERO, *_LOSE_ZERO), unary), **dict.fromkeys(_SHAPES, shapes.reshape),
         }  # fmt: skip
 
@@ -206,28 +208,6 @@ def unary(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
     return Flow(shape, x.labels, zero)
 
 
-def pool(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
-    x = f.flow(args[0])
-    if any(d > 1 for d in x.tracked()) or isinstance(f.out, (list, tuple)):
-        return f.fixed(args, shape)
-    return Flow(shape, x.labels, x.zero)
-
-
-def pad(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
-    x, widths = f.flow(args[0]), args[1]
-    value = args[3] if len(args) > 3 and args[3] is not None else 0
-    if any(d >= len(shape) - len(widths) // 2 for d in x.tracked()):
-        return f.fixed(args, shape)
-    return Flow(shape, x.labels, x.zero and value == 0)
-
-
-def softmax(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
-    x = f.flow(args[0])
-    if args[1] % len(shape) in x.tracked():
-        return f.fixed(args, shape)
-    return Flow(shape, x.labels, False)
-
-
 def binary(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
     """Sums are zero where both sides are, products where one is."""
     product = f.name in ("mul", "div")
@@ -263,37 +243,3 @@ def _against(f: Follower, value: Any, other: Any) -> Flow:
             return laid(value.shape, meets[0], f.labels.of(value, meets[0], True))
         return Flow(value.shape)
     return f.flow(value)
-
-
-def matmul(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
-    a, b = f.flow(args[0]), f.flow(args[1])
-    if isinstance(args[1], Held) or min(len(a.shape), len(b.shape)) < 2:
-        return f.fixed(args, shape)
-    if any(d < len(x.shape) - 2 for x in (a, b) for d in x.tracked()):
-        return _by_head(f, [a, b], shape, a.zero or b.zero)
-    for x, dim in ((a, -1), (a, -2), (b, -2)):  # what the sum runs over, and what a scale may depend on
-        if dim % len(x.shape) in x.tracked():
-            f.labels.fix(x.labels)
-    return laid(shape, -1, f.labels.along(b, -1), b.zero)
-
-
-def attention(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
-    q, k, v = (f.flow(a) for a in args[:3])
-    if len(args) > 3 and any(isinstance(a, (Flow, Held)) for a in args[3:]):
-        return f.fixed(args, shape)
-    if any(d < len(x.shape) - 2 for x in (q, k, v) for d in x.tracked()):
-        return _by_head(f, [q, k, v], shape, v.zero)
-    f.labels.freeze([q, k])
-    return laid(shape, -1, f.labels.along(v, -1), v.zero)
-
-
-def _by_head(f: Follower, factors: Sequence[Flow], shape: tuple[int, ...], zero: bool) -> Flow:
-    """Products of matrices side by side: one goes as a whole, from every factor."""
-    whole = [f.labels.collapse(f.labels.collapse(x, len(x.shape) - 1), len(x.shape) - 2) for x in factors]
-    first = whole[0]
-    if any(x.labels is None or x.tracked() != first.tracked() or len(x.shape) != len(shape) for x in whole):
-        return f.fixed(factors, shape)
-    for x in whole[1:]:
-        assert first.labels is not None and x.labels is not None
-        f.labels.join(first.labels, x.labels)
-    return Flow(shape, first.labels, zero)

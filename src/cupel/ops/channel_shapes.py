@@ -182,3 +182,18 @@ def _reduced(f: Follower, args: Any, shape: tuple[int, ...], check: Callable[[Fl
 def expand(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
     x = f.flow(args[0])
     return Flow(shape, aligned(x.labels, len(shape)), x.zero)
+
+
+def pool(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x = f.flow(args[0])
+    if any(d > 1 for d in x.tracked()) or isinstance(f.out, (list, tuple)):
+        return f.fixed(args, shape)
+    return Flow(shape, x.labels, x.zero)
+
+
+def pad(f: Follower, args: Any, shape: tuple[int, ...]) -> Flow:
+    x, widths = f.flow(args[0]), args[1]
+    value = args[3] if len(args) > 3 and args[3] is not None else 0
+    if any(d >= len(shape) - len(widths) // 2 for d in x.tracked()):
+        return f.fixed(args, shape)
+    return Flow(shape, x.labels, x.zero and value == 0)
