@@ -375,7 +375,7 @@ def test_a_second_fit_goes_on_from_the_format() -> None:
 
 def test_refusals() -> None:
     subject = build(DigitsCnn(width=4, examples=96), Context())
-    with pytest.raises(PlanError, match="trained with it"):
+    with pytest.raises(PlanError, match="acts during training"):
         apply(AdaPT(), subject)
     for bad, match in (
         (AdaPT(lookback=(9, 2)), "lookback of adapt"),

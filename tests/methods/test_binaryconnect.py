@@ -323,7 +323,7 @@ def test_a_second_fit_goes_on_from_the_signs() -> None:
 
 def test_refusals() -> None:
     subject = build(DigitsCnn(width=4, examples=96), Context())
-    with pytest.raises(PlanError, match="trained with it"):
+    with pytest.raises(PlanError, match="acts during training"):
         apply(BinaryConnect(), subject)
     both = [BinaryConnect(), MagnitudePrune(sparsity=0.5)]
     with pytest.raises(PlanError, match="must not be pruned"):

@@ -16,7 +16,8 @@ from cupel.storage.networks import load_network, save_network
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 
 torch.set_num_threads(1)
-TECHNIQUES = [e for e in catalogue.entries() if e.kind == "technique" and not e.card().reads]
+GIVEN = set(catalogue.find("workload", "digits-cnn").card().gives)
+TECHNIQUES = [e for e in catalogue.entries("technique") if not e.card().reads and set(e.card().needs) <= GIVEN]
 
 
 @pytest.mark.parametrize("entry", TECHNIQUES, ids=lambda e: e.name)

@@ -7,7 +7,7 @@ the forms it has. `Hook` is an empty marker.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -43,6 +43,7 @@ class Card:
         ordered: reading -> `trained` or `fresh`: on which of the two it must be better.
         exempt: check name -> reason; a check that then passes is a failure.
         alone: why it needs the whole batch in one process ("ranks the examples of a batch"); empty if it does not.
+        post_training: its `seal` works without its `hook` too, on a network that was trained without it.
     """
 
     name: str
@@ -64,6 +65,14 @@ class Card:
     ordered: Mapping[str, str] = field(default_factory=dict)
     exempt: Mapping[str, str] = field(default_factory=dict)
     alone: str = ""
+    post_training: bool = False
+
+
+def applies(forms: Collection[str], card: Card | None) -> bool:
+    """Whether a technique of these forms changes a network by itself; a seal may only finish what a hook began."""
+    if {"procedure", "model"} & set(forms):
+        return True
+    return "seal" in forms and ("hook" not in forms or (card is not None and card.post_training))
 
 
 def card_of(method: object) -> Card | None:

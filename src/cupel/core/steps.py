@@ -13,7 +13,7 @@ from cupel.core.errors import PlanError
 from cupel.core.fit import Named, run_fit
 from cupel.core.naming import step_names
 from cupel.core.params import check
-from cupel.core.protocols import card_of
+from cupel.core.protocols import FORMS, applies, card_of
 from cupel.core.shelf import Shelf
 from cupel.core.types import Subject
 
@@ -67,7 +67,7 @@ def _applied(subject: Subject, step: ApplyStep, own: Context) -> torch.nn.Module
         made: torch.nn.Module = method.procedure(subject, own)
         return made.eval()
     forms = [getattr(method, form) for form in ("model", "seal") if hasattr(method, form)]
-    if not forms:
+    if not applies([form for form in FORMS if hasattr(method, form)], card_of(method)):
         raise PlanError(
             f"`apply` must name a technique that changes a network; {step.label} acts during training. "
             f"Put it under `fit: {{techniques: [{step.label}]}}`."

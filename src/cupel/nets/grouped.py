@@ -41,7 +41,7 @@ class GroupedAttention(Attention):
         self.train(whole.training)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.sizes)
+        return torch.tensor(self.sizes, device=self.q.weight.device)
 
     def set_extra_state(self, state: Tensor) -> None:
         sizes = tuple(int(n) for n in state)

@@ -63,7 +63,9 @@ def product_of(name: str, args: Sequence[Any], out: Any, fixed: Callable[[Tensor
         return _kernel(args[0], weight, out, args[0].shape[1] // weight.shape[1] if weight.ndim > 2 else 1)
     if short in ("addmm", "mm", "addmv", "mv"):
         left, right = args[1:3] if short.startswith("add") else args[:2]
-        return _plain(left, right if right.ndim > 1 else right[:, None], out, fixed)
+        # A layer's bias is its own, and so then is the matrix beside it, also where views of it cannot be recognised.
+        layer = short == "addmm" and fixed(args[0]) and not fixed(left)
+        return _plain(left, right if right.ndim > 1 else right[:, None], out, fixed, layer)
     if short in ("bmm", "baddbmm"):
         left, right = args[1:3] if short == "baddbmm" else args[:2]
         batch, rows, depth = left.shape
@@ -97,8 +99,8 @@ def _kernel(x: Tensor, weight: Tensor, out: Tensor, groups: int) -> Product:
     )
 
 
-def _plain(left: Tensor, right: Tensor, out: Tensor, fixed: Callable[[Tensor], bool]) -> Product:
-    first, second = fixed(left), fixed(right)
+def _plain(left: Tensor, right: Tensor, out: Tensor, fixed: Callable[[Tensor], bool], layer: bool) -> Product:
+    first, second = fixed(left), layer or fixed(right)
     depth, weights = left.shape[-1], (left.numel() if first else right.numel() if second else 0)
     read = left.numel() + right.numel() - weights
     rows, cols = (left.shape[0], right.shape[-1]) if first else (right.shape[-1], left.shape[0])

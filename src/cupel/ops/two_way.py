@@ -67,8 +67,9 @@ def two_way(
     Shapes: linear: x `[..., in]`, weight and masks `[out, in]`; convolution: x `[B, in, ...]`, weight
     `[out, in / groups, ...]`.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        low = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        low = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
     found: Tensor = _TwoWay.apply(x, weight, ff, bp, bias, window)  # type: ignore[no-untyped-call]
     return found

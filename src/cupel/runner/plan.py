@@ -19,7 +19,7 @@ from cupel.core.budget import Budget
 from cupel.core.errors import CupelError, MissingExtra, ParamError, PlanError, nearest
 from cupel.core.naming import step_names
 from cupel.core.params import ParamSpec, check_values, specs_of
-from cupel.core.protocols import FORMS, Card
+from cupel.core.protocols import FORMS, Card, applies
 from cupel.core.slots import SlotUse, clashes, refuse_sharing
 from cupel.runner.recipe import GateRule, GivenSpec, Recipe, Ref, StepSpec
 
@@ -212,7 +212,7 @@ def _check_devices(step: StepSpec, methods: list[Known]) -> None:
 
 def _check_place(m: Known, step: StepSpec, able: frozenset[str], shelf: frozenset[str], workload: Ref) -> None:
     at = f"{m.ref.where}: " if m.ref.where else ""
-    if step.kind == "apply" and not set(m.forms) & {"procedure", "model", "seal"}:
+    if step.kind == "apply" and not applies(m.forms, m.card):
         raise PlanError(
             f"{at}`apply` must name a technique that changes a network; {m.ref.label} acts during training. "
             "Put it under `fit: {techniques: [...]}`."

@@ -22,6 +22,7 @@ CARD = Card(
     family="compress",
     source="S. Han, H. Mao, W. J. Dally, Deep Compression: Compressing Deep Neural Networks with Pruning, Trained "
     "Quantization and Huffman Coding, ICLR 2016, arXiv 1510.00149, sections 2 to 4",
+    post_training=True,
     tags=("pruning", "quantization", "weight sharing", "huffman", "k-means", "storage"),
     needs=("weights",),
     tiny={"sparsity": 0.5, "bits": 3},
