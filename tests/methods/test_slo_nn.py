@@ -123,7 +123,7 @@ def test_tables_hold_what_fell_into_their_buckets() -> None:
         for t in range(2):
             scores = sums[other, t, buckets[i, t]] / (seen[other, t, buckets[i, t]] + 1)
             best = np.argsort(-scores)[:16]
-            total[best] += torch.from_numpy(scores[best]).bfloat16().float().numpy()
+            total[best] += torch.from_numpy(scores[best]).half().float().numpy()
         for level, k in enumerate((4, 12)):
             keep = np.isin(np.arange(40), np.argsort(-total)[:k])
             alike = int(np.argmax(w @ (a[i] * keep) + net.head.bias.numpy())) == answer[i]

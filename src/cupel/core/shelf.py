@@ -31,6 +31,7 @@ PARTNER: Key[nn.Module] = Key("partner", nn.Module)  # a teacher that was traine
 MASKS: Key[Mapping[str, Tensor]] = Key("masks", Mapping)  # parameter name -> 0/1 mask of its shape
 BITS: Key[Mapping[str, float]] = Key("bits", Mapping)  # layer name -> effective bits per value
 FILTERS: Key[Tensor] = Key("filters", Tensor)  # class-wise convolution kernels, [K, k, k]
+SOFT_TARGETS: Key[Mapping[str, Tensor]] = Key("soft_targets", Mapping)  # "index" [M] of examples, "shares" [M, K]
 FORGETTING: Key[Mapping[str, float]] = Key("forgetting", Mapping)  # how a class was forgotten: rates and sizes
 
 

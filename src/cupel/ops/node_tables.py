@@ -63,7 +63,7 @@ class NodeTables(nn.Module):
         self.register_buffer("planes", planes)
         self.register_buffer("offsets", offsets)
         self.register_buffer("nodes", best.indices.to(small))
-        self.register_buffer("scores", best.values.to(torch.bfloat16))
+        self.register_buffer("scores", best.values.half())
         self.register_buffer("prior", 1e-3 * sums[0].sum(0) / seen[0].sum().clamp_min(1))
         self.register_buffer("seen", torch.zeros_like(seen))
         self.register_buffer("agreed", torch.zeros(*seen.shape, 0))
