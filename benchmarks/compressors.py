@@ -5,9 +5,9 @@
 Every way has a ladder of settings, strongest first. The first whose validation accuracy is at most one point below the
 dense network's is taken, else the mildest, and then its test accuracy is told. All are timed in one process, one
 thread, in turns, in float32 or int8, on the same inputs; what counts is the ratio to the dense network in the same
-round (median, and range over rounds). Every way trains from scratch, or from the dense network with the epochs told.
-The peers: torch-pruning's group-norm pruner, set to the operations of `otov2` and trained on from the dense network for
-as many epochs, and onnxruntime's static int8 of the dense network. Prints a table in Markdown, and JSON with --out.
+round (median, and range over rounds). Every way starts from the dense network; those that train do so for as many
+epochs again. The peers: torch-pruning's group-norm pruner, set to the operations of `otov2` and trained on likewise,
+and onnxruntime's static int8 of the dense network. Prints a table in Markdown, and JSON with --out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from cupel.techniques.compress.otov2 import OTOv2
 from cupel.techniques.compress.pdp import PDP
 
 SHARES = (0.8, 0.7, 0.6, 0.5, 0.35)
-RANKS = (0.3, 0.5, 0.7)
+RANKS = (0.2, 0.3, 0.5, 0.7)
 PRICES = (0.5, 0.2, 0.05)
 ROUNDS = 15
 POINT = 0.01
@@ -78,19 +79,12 @@ def ways(
 ) -> Iterator[tuple[str, list[tuple[str, Callable[[], Any]]]]]:
     """Names with their ladders: settings and what makes the network."""
     on = subject.with_model(dense)
-    again = replace(budget, epochs=max(1, budget.epochs // 2), lr=budget.lr / 3)
-    yield "otov2", [(f"sparsity {s}", lambda s=s: trained(subject, [OTOv2(sparsity=s)], budget)) for s in SHARES]
-    yield (
-        "pdp channel",
-        [(f"sparsity {s}", lambda s=s: trained(subject, [PDP(sparsity=s, form="channel")], budget)) for s in SHARES],
-    )
+    for name, form in (("otov2", OTOv2), ("pdp channel", partial(PDP, form="channel"))):
+        yield name, [(f"sparsity {s}", partial(trained, subject, [form(sparsity=s)], budget, dense)) for s in SHARES]
     yield (
         "greenformer",
         [
-            (
-                f"rank {r}, {again.epochs} epochs",
-                lambda r=r: trained(subject, [], again, apply(Greenformer(rank=r), on).model),
-            )
+            (f"rank {r}", partial(lambda r: trained(subject, [], budget, apply(Greenformer(rank=r), on).model), r))
             for r in RANKS
         ],
     )
@@ -133,9 +127,7 @@ def torch_pruning(subject: Subject, dense: nn.Module, macs: float, budget: Budge
         pruner.step()
         if sum(ledger_of(model.eval(), inputs[:1]).macs().values()) <= macs:
             break
-    return as_way(
-        subject, "torch-pruning", f"group norm, {budget.epochs} epochs on", trained(subject, [], budget, model)
-    )
+    return as_way(subject, "torch-pruning", "group norm", trained(subject, [], budget, model))
 
 
 def onnx_int8(subject: Subject, dense: nn.Module, folder: Path) -> Way:
