@@ -31,6 +31,7 @@ bench: $(VENV)/ready-bench
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/evasion.py
 	$(BIN)/python benchmarks/jobs.py
+	$(BIN)/python benchmarks/compressors.py --workload fashion-mnist-cnn
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cupel needs Python 3.11 or newer; '$(PYTHON)' is older. Run: make PYTHON=python3.11 ..."; exit 1; }

@@ -34,6 +34,7 @@ from cupel.core.fit import fit
 from cupel.core.steps import apply, build
 from cupel.core.types import Budget, Subject
 from cupel.ops.ledger import ledger_of
+from cupel.storage.state import size_of
 from cupel.techniques.compress.greenformer import Greenformer
 from cupel.techniques.compress.int8_ptq import Int8PTQ
 from cupel.techniques.compress.jei_dnn import JeiDnn
@@ -56,7 +57,7 @@ class Way:
     call: Callable[[Tensor], Any]
     accuracy: float
     operations: float
-    weights: int
+    size: int  # bytes as stored
 
 
 def right(subject: Subject, call: Callable[[Tensor], Any], split: str) -> float:
@@ -108,8 +109,7 @@ def as_way(subject: Subject, name: str, setting: str, model: nn.Module) -> Way:
     macs = float(sum(ledger_of(model.eval(), inputs).macs().values()))
     if callable(getattr(model, "mean_cost", None)):
         macs = float("nan")  # differs by input
-    weights = sum(p.numel() for p in model.parameters())
-    return Way(name, setting, model, right(subject, model, "test"), macs, weights)
+    return Way(name, setting, model, right(subject, model, "test"), macs, size_of(model))
 
 
 def torch_pruning(subject: Subject, dense: nn.Module, macs: float, budget: Budget) -> Way:
@@ -158,9 +158,8 @@ def onnx_int8(subject: Subject, dense: nn.Module, folder: Path) -> Way:
     def call(x: Tensor) -> Any:
         return session.run(None, {name: x.numpy()})[0]
 
-    weights = sum(p.numel() for p in dense.parameters())
-    macs = float(sum(ledger_of(dense, example[:1]).macs().values()))
-    return Way("onnxruntime int8", "static, per channel", call, right(subject, call, "test"), macs, weights)
+    macs, size = float(sum(ledger_of(dense, example[:1]).macs().values())), Path(small).stat().st_size
+    return Way("onnxruntime int8", "static, per channel", call, right(subject, call, "test"), macs, size)
 
 
 def timed(found: Sequence[Way], inputs: Tensor, repeats: int) -> dict[str, list[float]]:
@@ -184,11 +183,11 @@ def timed(found: Sequence[Way], inputs: Tensor, repeats: int) -> dict[str, list[
 def table(name: str, found: Sequence[Way], subject: Subject) -> tuple[str, list[dict[str, Any]]]:
     inputs = subject.data.test.inputs
     ones, many = timed(found, inputs[:1].clone(), 30), timed(found, inputs[:64].clone(), 5)
-    head = "| way | setting | test accuracy | operations | weights | batch 1, ms | faster | batch 64, ms | faster |"
+    head = "| way | setting | test accuracy | operations | bytes | batch 1, ms | faster | batch 64, ms | faster |"
     lines, rows = [f"### {name}", "", head, "|---|---|---|---|---|---|---|---|---|"], []
     for way in found:
         row: dict[str, Any] = {"way": way.name, "setting": way.setting, "accuracy": way.accuracy}
-        row |= {"operations": way.operations / found[0].operations, "weights": way.weights / found[0].weights}
+        row |= {"operations": way.operations / found[0].operations, "bytes": way.size / found[0].size}
         for label, times in (("1", ones), ("64", many)):
             ratios = [d / t for d, t in zip(times["dense"], times[way.name], strict=True)]
             row[f"ms_{label}"] = statistics.median(times[way.name])
@@ -196,7 +195,7 @@ def table(name: str, found: Sequence[Way], subject: Subject) -> tuple[str, list[
         rows.append(row)
         one, more = (f"{r[0]:.2f} ({r[1]:.2f} to {r[2]:.2f})" for r in (row["faster_1"], row["faster_64"]))
         lines.append(
-            f"| {way.name} | {way.setting} | {way.accuracy:.4f} | {row['operations']:.2f} | {row['weights']:.2f} | "
+            f"| {way.name} | {way.setting} | {way.accuracy:.4f} | {row['operations']:.2f} | {row['bytes']:.2f} | "
             f"{row['ms_1']:.3f} | {one} | {row['ms_64']:.2f} | {more} |"
         )
     return "\n".join(lines), rows

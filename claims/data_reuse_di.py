@@ -43,10 +43,9 @@ CLAIM = Claim(
         "di_minus_params": ">= 0.1",
     },
     explains="No meter is readable here, so time stands for energy. One input on one core is bound by a fixed cost a call: "
-    "multiply-adds a layer tell the speed best (0.87), then multiply-adds (0.85). The best alpha for all networks is near "
-    "one half and gains 0.002 over plain intensity (0.745); fitted on 19 networks it scatters by 0.44 and loses 0.09 on "
-    "the others. With 16 inputs the paper's order returns: intensity 0.79, parameters 0.66, multiply-adds 0.56, and still "
-    "no gain from alpha.",
+    "multiply-adds a layer tell the speed best (0.88), then multiply-adds (0.84). The best alpha for all networks gains "
+    "0.006 over plain intensity (0.75); fitted on 19 networks it scatters by 0.42 and loses 0.09 on the others. With 16 "
+    "inputs the paper's order returns: intensity 0.81, parameters 0.68, multiply-adds 0.53, and still no gain from alpha.",
 )
 METER = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
