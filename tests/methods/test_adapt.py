@@ -377,6 +377,8 @@ def test_refusals() -> None:
     subject = build(DigitsCnn(width=4, examples=96), Context())
     with pytest.raises(PlanError, match="acts during training"):
         apply(AdaPT(), subject)
+    with pytest.raises(PlanError, match="trained with it"):
+        AdaPT().seal(copy.deepcopy(subject.model), Context())
     for bad, match in (
         (AdaPT(lookback=(9, 2)), "lookback of adapt"),
         (AdaPT(resolution=(5,)), "resolution of adapt"),

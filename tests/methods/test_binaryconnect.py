@@ -325,6 +325,8 @@ def test_refusals() -> None:
     subject = build(DigitsCnn(width=4, examples=96), Context())
     with pytest.raises(PlanError, match="acts during training"):
         apply(BinaryConnect(), subject)
+    with pytest.raises(PlanError, match="trained with it"):
+        BinaryConnect().seal(copy.deepcopy(subject.model), Context())
     both = [BinaryConnect(), MagnitudePrune(sparsity=0.5)]
     with pytest.raises(PlanError, match="must not be pruned"):
         fit(copy.deepcopy(subject.model), subject.data, subject.task, techniques=both, budget=Budget(epochs=1))

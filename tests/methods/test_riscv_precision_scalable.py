@@ -270,6 +270,7 @@ def test_a_network_in_mixed_widths():
     for t in runs[2].layers:  # no point of the roofline lies above the roof
         rate = t.estimate.macs / t.estimate.cycles
         assert rate <= min(128, t.intensity * ON["bytes_per_cycle"]) and 0 < t.used <= 1
+        assert t.intensity == t.product.macs / traffic_bytes(t.product, t.widths, ON)
     with pytest.raises(PlanError, match="must name every layer"):
         engine.run(ShapeJob(layers, {"other": (4, 4)}), ctx)
     with pytest.raises(PlanError, match="even numbers from 2 to 16"):

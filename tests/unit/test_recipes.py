@@ -46,4 +46,7 @@ def test_recipe_runs(path: Path) -> None:
         for probe, found in variant["probes"].items():
             told = any(note.startswith("not applicable: ") for note in found["notes"])  # int8 has no gradients
             assert found["readings"] or told, (name, probe, found["notes"])
+    variants = card["variants"].values()
+    for probe in (p.label for p in recipe.probes):  # what one network does not allow, another here does
+        assert any(v["probes"][probe]["readings"] for v in variants), probe
     assert len(card["gate"]) == len(recipe.gate)
