@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cupel.core.context import Context, seeded
+from cupel.core.context import seeded
 from cupel.core.descend import descend
-from cupel.core.fit import fit
-from cupel.core.steps import build
 from cupel.core.types import Bounds
 from cupel.ops.apgd import apgd, checkpoints
 from cupel.ops.attacks import cross_entropy, fgsm, logits_ratio, pgd, raising, stepping
@@ -22,37 +20,11 @@ from cupel.ops.carlini import carlini
 from cupel.ops.projections import into_ball, random_in_ball, size_of
 from cupel.ops.square import bump, next_l2, next_linf, sides_of, square, windows
 from cupel.ops.threats import Attack, Tally, Threat, attacked, margin
-from cupel.workloads.vision.digits_cnn import DigitsCnn
+from cupel.testing.known_attacks import digits, linear, nearest
 
 torch.set_num_threads(1)
 WIDE = Bounds(-100.0, 100.0)
 GRADIENT = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "apgd-dlr": partial(apgd, loss=logits_ratio)}
-
-
-def linear(inputs: int = 12, classes: int = 2) -> tuple[nn.Module, Tensor, Tensor]:
-    """A linear network and inputs that it labels rightly."""
-    draw = seeded(1, "linear")
-    model = nn.Linear(inputs, classes).requires_grad_(False)
-    model.weight.data = torch.randn(classes, inputs, generator=draw)
-    model.bias.data = torch.randn(classes, generator=draw)
-    x = torch.randn(60, inputs, generator=draw)
-    return model, x, model(x).argmax(1)
-
-
-def nearest(model: nn.Module, x: Tensor, y: Tensor, norm: str) -> Tensor:
-    """Distance of every input to the nearest class boundary: gap / dual norm of the weights' difference."""
-    logits, w = model(x), model.weight
-    gaps = logits.gather(1, y[:, None]) - logits  # [N, K]
-    slopes = (w[y][:, None] - w[None]).norm(p=1 if norm == "linf" else 2, dim=2)  # [N, K]
-    return (gaps / slopes).masked_fill(torch.nn.functional.one_hot(y, len(w)).bool(), math.inf).amin(1)
-
-
-@lru_cache(maxsize=1)
-def digits() -> tuple[nn.Module, Tensor, Tensor]:
-    subject = build(DigitsCnn(width=6), Context())
-    model = fit(subject.model, subject.data, subject.task, budget=replace(subject.budget, epochs=4))
-    test = subject.data.test
-    return model.eval().requires_grad_(False), test.inputs[:100], test.targets[:100]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -162,7 +134,7 @@ def test_rows_that_circle_are_dropped_without_changing_a_verdict() -> None:
     for width in (None, 100, 7):
         tally = Tally.of(len(x))
         project = lambda new, rows: threat.admit(new, x[rows])  # noqa: E731
-        objective = raising(model, y, cross_entropy, tally)
+        objective = raising(model, y, cross_entropy, threat, tally)
         moved = descend(start, objective, 40, stepping(threat, threat.stride), project, width)
         verdicts.append(model(moved).argmax(1) != y)
         costs.append(int(tally.gradients.sum()))

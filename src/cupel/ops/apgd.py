@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from cupel.core.descend import descend
-from cupel.ops.attacks import Loss, cross_entropy, raising, stepping
+from cupel.ops.attacks import cross_entropy, raising, stepping
 from cupel.ops.projections import along, random_in_ball
 from cupel.ops.threats import Model, Tally, Threat
 
@@ -84,7 +86,8 @@ def apgd(
     threat: Threat,
     draw: torch.Generator,
     *,
-    loss: Loss = cross_entropy,
+    loss: Callable[..., Tensor] = cross_entropy,
+    goal: Tensor | None = None,
     start: Tensor | None = None,
     tally: Tally | None = None,
 ) -> Tensor:
@@ -96,6 +99,7 @@ def apgd(
 
     Args:
         loss: `cross_entropy` or `logits_ratio` (DLR).
+        goal: classes `[N]` that `loss` takes as a third argument; the judge asks for any wrong class all the same.
         start: where to begin in place of a random point; brought into the ball first.
 
     Source: Croce and Hein, ICML 2020, arXiv 2003.01690, algorithm 1.
@@ -105,7 +109,10 @@ def apgd(
     if start is None:
         start = x + random_in_ball(x, threat.eps, threat.norm, draw)
     start = threat.admit(start, x)
-    course, plain = _Course(start, x, threat), raising(model, y, loss, tally)
+    course, plain = (
+        _Course(start, x, threat),
+        raising(model, y, loss, threat, tally, *(() if goal is None else (goal,))),
+    )
 
     def objective(here: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         values, done = plain(here, rows)

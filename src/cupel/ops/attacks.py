@@ -1,4 +1,4 @@
-"""Gradient attacks inside a norm ball: one step (FGSM), projected steps (PGD), and the losses they raise.
+"""Gradient attacks inside a norm ball: one step (FGSM), projected steps (PGD), with momentum, and their losses.
 
 Every attack takes a callable model, inputs `[N, ...]`, labels `[N]`, a `Threat` and a generator, and
 returns moved inputs. An input drops out of the work by the same forward that shows it is fooled.
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cupel.core.descend import Move, Objective, descend, sign_move, unit_move
-from cupel.ops.projections import random_in_ball
-from cupel.ops.threats import Model, Tally, Threat, errs, margin
+from cupel.ops.projections import along, random_in_ball
+from cupel.ops.threats import Model, Tally, Threat, margin
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [N, K], labels [N] -> what the attack raises [N]
 
@@ -49,15 +49,22 @@ def tempered(logits: Tensor, y: Tensor, temperature: float) -> Tensor:
     return cross_entropy(logits / temperature, y)
 
 
-def raising(model: Model, y: Tensor, loss: Loss, tally: Tally | None = None) -> Objective:
-    """The objective of an untargeted attack: minus `loss`, and the rows that are fooled already."""
+def raising(
+    model: Model, y: Tensor, loss: Callable[..., Tensor], threat: Threat, tally: Tally | None = None, *also: Tensor
+) -> Objective:
+    """The objective of an attack: minus `loss` (plus, in a targeted threat), and the rows whose goal is met.
+
+    Args:
+        also: further tensors `[N]` whose rows `loss` gets after logits and labels.
+    """
+    sign = 1.0 if threat.targeted else -1.0
 
     def objective(here: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         labels = y[rows]
         logits = model(here)
         if tally is not None:
             tally.gradients[rows.cpu()] += 1
-        return -loss(logits, labels), errs(logits, labels)
+        return sign * loss(logits, labels, *(part[rows] for part in also)), threat.reached(logits, labels)
 
     return objective
 
@@ -86,7 +93,7 @@ def fgsm(
 
     Source: Goodfellow, Shlens and Szegedy, ICLR 2015, arXiv 1412.6572, section 4.
     """
-    objective = raising(model, y, loss, tally)
+    objective = raising(model, y, loss, threat, tally)
     return descend(x, objective, 1, stepping(threat, threat.eps), lambda new, rows: threat.admit(new, x[rows]))
 
 
@@ -118,9 +125,46 @@ def pgd(
         start = x + random_in_ball(x, threat.eps, threat.norm, draw)
     return descend(
         threat.admit(start, x),
-        raising(model, y, loss, tally),
+        raising(model, y, loss, threat, tally),
         threat.steps,
         stepping(threat, threat.stride),
         lambda new, rows: threat.admit(new, x[rows]),
         width=at_once(x),
+    )
+
+
+def momentum(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    draw: torch.Generator | None = None,
+    *,
+    loss: Loss = cross_entropy,
+    decay: float = 1.0,
+    start: Tensor | None = None,
+    tally: Tally | None = None,
+) -> Tensor:
+    """Projected steps along a running sum of gradients, which transfers between networks better than plain steps.
+
+    g <- decay g + grad / ||grad||_1; x <- P(x + stride * sign(g)) for `linf`, x + stride * g / ||g|| for `l2`.
+
+    Args:
+        start: where to begin in place of x itself; brought into the ball first.
+
+    Source: Dong et al., CVPR 2018, arXiv 1710.06081, algorithm 1.
+    """
+    kept, step = torch.zeros_like(x), stepping(threat, threat.stride)
+
+    def move(here: Tensor, grad: Tensor, rows: Tensor, k: int) -> Tensor:
+        size = along(grad.flatten(1).abs().sum(1).clamp_min(1e-12), grad)
+        kept[rows] = decay * kept[rows] + grad / size
+        return step(here, kept[rows], rows, k)
+
+    return descend(
+        threat.admit(x if start is None else start, x),
+        raising(model, y, loss, threat, tally),
+        threat.steps,
+        move,
+        lambda new, rows: threat.admit(new, x[rows]),
     )

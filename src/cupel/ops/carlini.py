@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cupel.core.descend import adam_move, descend
 from cupel.ops.projections import along
-from cupel.ops.threats import Model, Tally, Threat, errs, margin
+from cupel.ops.threats import Model, Tally, Threat
 
 EDGE = 0.99  # how much of the way to the edge of the box w may start
 
@@ -16,11 +16,11 @@ class _Search:
     """Binary search for the weight c of every row `[N]`, and the nearest fooling point found so far."""
 
     def __init__(self, model: Model, x: Tensor, y: Tensor, threat: Threat, tally: Tally | None) -> None:
-        self.model, self.x, self.y, self.tally = model, x, y, tally
+        self.model, self.x, self.y, self.threat, self.tally = model, x, y, threat, tally
         bounds = threat.bounds
         self.middle, self.half = (bounds.high + bounds.low) / 2, (bounds.high - bounds.low) / 2
         with torch.no_grad():
-            clean = margin(model(x), y)
+            clean = threat.gap(model(x), y)
         # In units of the margin to overcome, so that a rescaling of the logits changes nothing.
         self.weight = 1.0 / clean.abs().clamp_min(1e-12)
         self.low, self.high = torch.zeros_like(clean), torch.full_like(clean, torch.inf)
@@ -35,13 +35,13 @@ class _Search:
     def objective(self, w: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         moved = self.middle + self.half * torch.tanh(w)
         logits = self.model(moved)
-        gap = margin(logits, self.y[rows])
+        gap = self.threat.gap(logits, self.y[rows])
         square = (moved - self.x[rows]).flatten(1).square().sum(1)
         values = square + self.weight[rows] * gap.clamp_min(0.0)
         if self.tally is not None:
             self.tally.gradients[rows.cpu()] += 1
         with torch.no_grad():
-            fooled = errs(logits, self.y[rows])
+            fooled = self.threat.reached(logits, self.y[rows])
             self.hit[rows] |= fooled
             nearer = fooled & (square.sqrt() < self.near[rows])
             self.near[rows[nearer]], self.best[rows[nearer]] = square[nearer].sqrt(), moved[nearer]
@@ -93,18 +93,18 @@ def carlini(
     found = (search.near < torch.inf).nonzero().flatten()
     best = search.best.clone()
     if len(found):
-        best[found] = drawn_in(model, x[found], best[found], y[found])
+        best[found] = drawn_in(model, x[found], best[found], y[found], threat)
         if tally is not None:
             tally.queries[found.cpu()] += 10
     return best
 
 
 @torch.no_grad()
-def drawn_in(model: Model, x: Tensor, away: Tensor, y: Tensor, halvings: int = 10) -> Tensor:
+def drawn_in(model: Model, x: Tensor, away: Tensor, y: Tensor, threat: Threat, halvings: int = 10) -> Tensor:
     """The point nearest to `x` on the line to the fooling point `away` that bisection finds fooling."""
     low, high = torch.zeros(len(x), device=x.device, dtype=x.dtype), torch.ones(len(x), device=x.device, dtype=x.dtype)
     for _ in range(halvings):
         middle = (low + high) / 2
-        fooled = errs(model(x + along(middle, x) * (away - x)), y)
+        fooled = threat.reached(model(x + along(middle, x) * (away - x)), y)
         high, low = torch.where(fooled, middle, high), torch.where(fooled, low, middle)
     return torch.where(along(high < 1, x), x + along(high, x) * (away - x), away)

@@ -87,6 +87,8 @@ def rays(
 
     Departs: radii are linf distances, where the paper scales d to length one; a search on a ray ends within eps.
     """
+    if threat.targeted:
+        raise ValueError("RayS must have no target: it starts from any other class. Use an untargeted threat.")
     if threat.norm != "linf":
         raise ValueError(f"the norm of RayS must be linf; got {threat.norm}. Its directions are corners of the cube.")
     size = x[:1].numel()

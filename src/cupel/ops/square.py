@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cupel.ops.projections import along
-from cupel.ops.threats import Model, Tally, Threat, errs, margin
+from cupel.ops.threats import Model, Tally, Threat
 
 # Share of the patch in the image, halved after these shares of the budget (of 10,000 queries in the paper).
 HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -144,10 +144,10 @@ def square(
             logits = model(tried.reshape(-1, *x.shape[1:]))
             if tally is not None:
                 tally.queries[rows.cpu()] += 1
-            value = margin(logits, y[rows])
+            value = threat.gap(logits, y[rows])
             won = value < least[rows]
             best[rows[won]], least[rows[won]] = tried[won], value[won]
-            rows = rows[~errs(logits, y[rows])]
+            rows = rows[~threat.reached(logits, y[rows])]
             if not len(rows):
                 break
     return best.reshape(x.shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cupel.core.types import Bounds
-from cupel.ops.projections import into_ball, size_of
+from cupel.ops.projections import along, into_ball, size_of
 
 Model = Callable[[Tensor], Tensor]  # inputs [N, ...] -> logits [N, K]
 
@@ -31,6 +31,9 @@ class Threat:
         step: length of one step in input units; 0 takes a quarter of `eps`, or 2.5 `eps` / `steps` if
             that is longer, so that the steps cross the ball.
         restarts: how often the judge repeats the attack on inputs that still stand.
+        targeted: the labels handed to the attack are the classes that inputs shall be read as, and only that is
+            success.
+        levels: values an input can be stored in over its range (256: 8 bits), to which the judge rounds; 0: any.
     """
 
     norm: str = "linf"
@@ -39,6 +42,8 @@ class Threat:
     steps: int = 40
     step: float = 0.0
     restarts: int = 1
+    targeted: bool = False
+    levels: int = 0
 
     @property
     def stride(self) -> float:
@@ -47,6 +52,28 @@ class Threat:
     def admit(self, x: Tensor, centre: Tensor) -> Tensor:
         """`x` moved to where this adversary may go from `centre`."""
         return into_ball(x, centre, self.eps, self.norm, self.bounds.low, self.bounds.high)
+
+    def stored(self, x: Tensor, centre: Tensor) -> Tensor:
+        """`x` as it comes back from a file of `levels` values: the nearest level, or the next one towards `centre`."""
+        if not self.levels:
+            return x
+        low, width = self.bounds.low, (self.bounds.high - self.bounds.low) / (self.levels - 1)
+        at = (x - low) / width
+        near, inner = at.round(), torch.where(x >= centre, (at - 1e-4).floor(), (at + 1e-4).ceil())
+        towards = torch.where(at.sub(near).abs() < 1e-4, near, inner) * width + low
+        nearest = near * width + low
+        if self.norm == "linf":
+            return torch.where((nearest - centre).abs() <= self.eps * (1 + 1e-6), nearest, towards)
+        fits = size_of(nearest - centre, self.norm) <= self.eps
+        return torch.where(along(fits, x), nearest, towards)
+
+    def reached(self, logits: Tensor, y: Tensor) -> Tensor:
+        """`[N]` bool: the goal is met by more than rounding, so that another batch size cannot undo it."""
+        return reads(logits, y) if self.targeted else errs(logits, y)
+
+    def gap(self, logits: Tensor, y: Tensor) -> Tensor:
+        """How far the goal is, `[N]`: negative once it is met."""
+        return -margin(logits, y) if self.targeted else margin(logits, y)
 
 
 @dataclass
@@ -79,8 +106,9 @@ class Outcome:
 
     Args:
         x: `[N, ...]` the attacked inputs, inside ball and box; the clean one where the attack failed.
-        fooled: `[N]` bool: the model errs on `x`. Inputs that it got wrong unattacked count as fooled.
-        clean: `[N]` bool: the model was right on the clean input.
+        fooled: `[N]` bool: the model errs on `x`, or reads it as the target. Inputs on which it did so unattacked
+            count as fooled.
+        clean: `[N]` bool: it did not on the clean input.
         tally: gradients and queries per input, the judge's own forwards not counted.
     """
 
@@ -91,7 +119,7 @@ class Outcome:
 
     @property
     def robust(self) -> float:
-        """Share of all inputs that are labelled rightly before and after."""
+        """Share of all inputs that stand before and after."""
         return 1.0 - float(self.fooled.double().mean())
 
 
@@ -107,6 +135,12 @@ def errs(logits: Tensor, y: Tensor) -> Tensor:
         return margin(logits, y) < -1e-5 * logits.abs().amax(dim=1)
 
 
+def reads(logits: Tensor, y: Tensor) -> Tensor:
+    """`[N]` bool: read as `y` by more than rounding."""
+    with torch.no_grad():
+        return margin(logits, y) > 1e-5 * logits.abs().amax(dim=1)
+
+
 def attacked(
     attack: Attack,
     model: Model,
@@ -120,6 +154,8 @@ def attacked(
 ) -> Outcome:
     """Run `attack` on every input that `model` gets right, `threat.restarts` times, and judge the result.
 
+    A targeted threat takes target classes for `y`, and every input that is not read so already.
+
     Args:
         fast: the same function as `model` in a quicker form (`ops.folding.folded`), for the attack's own
             calls; the judge always asks `model`.
@@ -128,28 +164,29 @@ def attacked(
     Returns:
         The outcome on `x` `[N, ...]`, `y` `[N]`.
     """
-    clean = _right(model, x, y, batch)
+    clean = _stands(model, x, y, threat, batch)
     found, standing, tally = x.clone(), clean.clone(), Tally.of(len(x))
     for _ in range(threat.restarts):
         left = standing.nonzero().flatten()
         for rows in left.chunk(-(-len(left) // batch)) if len(left) else ():
             part = Tally.of(len(rows))
             tried = attack(fast or model, x[rows], y[rows], threat, draw, tally=part)
-            tried = threat.admit(tried.detach().to(x.dtype), x[rows])
+            tried = threat.stored(threat.admit(tried.detach().to(x.dtype), x[rows]), x[rows])
             tally.add_at(rows.cpu(), part)
-            hit = rows[~_right(model, tried, y[rows], batch)]
+            hit = rows[~_stands(model, tried, y[rows], threat, batch)]
             found[hit] = tried[torch.isin(rows, hit)]
             standing[hit] = False
     return Outcome(found, ~standing, clean, tally)
 
 
 @torch.no_grad()
-def _right(model: Model, x: Tensor, y: Tensor, batch: int) -> Tensor:
+def _stands(model: Model, x: Tensor, y: Tensor, threat: Threat, batch: int) -> Tensor:
     if not len(x):
         return torch.zeros(0, dtype=torch.bool, device=x.device)
-    return torch.cat(
+    hit = torch.cat(
         [model(part).argmax(1) == labels for part, labels in zip(x.split(batch), y.split(batch), strict=True)]
     )
+    return ~hit if threat.targeted else hit
 
 
 def distances(outcome: Outcome, x: Tensor, norm: str) -> Tensor:
