@@ -138,3 +138,12 @@ def test_series_are_measured_and_other_inputs_refused():
     for wrong in (subject_of(pictures(), ByMean(), bounds=None), replace(series, gives=frozenset())):
         with pytest.raises(NotApplicable, match="corruption must have images"):
             Corruption().measure(wrong, Context())
+
+
+def test_a_part_of_the_inputs_is_spread_evenly_and_counted():
+    x = pictures()
+    subject = subject_of(x, ByMean())
+    part = Corruption(examples=10).measure(subject, Context())
+    assert part["corruption_worst"].count == 10
+    whole = Corruption().measure(subject, Context())
+    assert dict(Corruption(examples=40).measure(subject, Context())) == dict(whole)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from cupel.core.context import Context
 from cupel.core.errors import NotApplicable
+from cupel.core.params import param
 from cupel.core.protocols import Card
 from cupel.core.scorecard import Reading, Readings, mean_of, share
 from cupel.core.types import Bounds, Examples, Subject, outputs_on
 from cupel.ops.corruptions import contrasted, gaussian_blur, shifted, with_noise
-from cupel.ops.labelled import judged_classes
+from cupel.ops.labelled import evenly, judged_classes
 
 CARD = Card(
     name="corruption",
@@ -130,11 +131,16 @@ class Corruption:
         ['blur', 'contrast', 'noise', 'shift']
     """
 
+    examples: int = param(0, "most test inputs that are damaged, spread evenly over them (0: all)", ge=0)
+
     def measure(self, subject: Subject, ctx: Context) -> Readings:
         out, targets = judged_classes(subject, "corruption")
         batches = list(subject.data.test.batches(500))
         parts = [b.inputs for b in batches]
         x = torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+        if isinstance(x, Tensor):
+            rows = evenly(len(targets), self.examples)
+            x, out, targets = x[rows], out[rows], targets[rows]
         damages = damages_for(x, subject, ctx.rng("damage"))
         strengths = IMAGE_STRENGTHS if x.ndim == 4 else SERIES_STRENGTHS
 
