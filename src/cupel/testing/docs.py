@@ -8,6 +8,7 @@ from typing import Any
 
 from cupel.core.catalogue import KINDS, Entry, entries
 from cupel.runner.claims import record_of
+from cupel.testing.studies import kept, pictures, study_page, trust_lines
 
 NOTE = "<!-- Written by `make docs` from cards, docstrings and claim records. Do not edit. -->\n\n"
 
@@ -71,6 +72,7 @@ def method_page(entry: Entry) -> str:
         lines += [f"| `{p.name}` | `{p.default!r}` | {p.span} {p.unit} | {p.doc} |" for p in entry.params()]
         lines.append("")
     lines += _recipe_lines(entry)
+    lines += _trust_lines(entry)
     record = record_of(entry.name)
     return "\n".join([*lines, *(_claim_lines("Claim", record) if record else ["Claim: unmeasured.", ""])])
 
@@ -91,9 +93,28 @@ def _recipe_lines(entry: Entry) -> list[str]:
     return ["In a recipe:", "", "```yaml", *lines, "```", ""] if lines else []
 
 
+def _trust_lines(entry: Entry) -> list[str]:
+    """What a compressor does to trust, from the studies that hold it; where none does, how to find out."""
+    card = entry.card()
+    if card.family != "compress" or entry.kind not in ("technique", "engine"):
+        return []
+    if entry.kind == "engine":
+        return ["## Trust", "", "It runs or counts a network and leaves its answers as they are.", ""]
+    told = list(trust_lines(entry.name, kept()))
+    if not told:
+        ask = "`accuracy`, `calibration`, `evasion`, `membership`, `corruption` and `bit-errors`"
+        told = [f"No study holds it by itself. To find out, put {ask} beside it in a recipe."]
+    else:
+        told.insert(0, "Gaps to the plain network, 95% intervals over seeds, bold where they exclude zero:\n")
+    return ["## Trust", "", *told, ""]
+
+
 def pages() -> dict[str, str]:
     """Every generated page by its path under `docs/`."""
     found = {"catalogue.md": catalogue_page(), "claims.md": claims_page()}
+    for name, study in kept().items():
+        found[f"studies/{name}.md"] = NOTE + study_page(name, study)
+        found |= {f"studies/{file}": text for file, text in pictures(name, study).items()}
     return found | {f"methods/{e.name}.md": method_page(e) for e in entries()}
 
 
