@@ -1,12 +1,15 @@
 """Latency of really smaller networks against the dense one and two peers, at one point of accuracy or less.
 
-    python benchmarks/compressors.py [--workload fashion-mnist-cnn cifar10-resnet20] [--epochs 0] [--out FILE]
+    python benchmarks/compressors.py [--workload fashion-mnist-cnn cifar10-resnet20] [--epochs 0] [--models DIR]
+        [--out FILE]
 
 Every way has a ladder of settings, strongest first. The first whose validation accuracy is at most one point below the
 dense network's is taken, else the mildest, and then its test accuracy is told. All are timed in one process, one
 thread, in turns, in float32 or int8, on the same inputs; what counts is the ratio to the dense network in the same
-round (median, and range over rounds). Every way starts from the dense network; those that train do so for as many
-epochs again. The peers: torch-pruning's group-norm pruner, set to the operations of `otov2` and trained on likewise,
+round (median, and range over rounds). A dense network is trained, and then trained on for as many epochs again, which
+is the one that all are held against; what trains to become small starts where it did and takes as many epochs. With
+--models, networks are kept in a folder, from which a second call takes them, to time them on a quieter machine. The
+peers: torch-pruning's group-norm pruner, set to the operations of `otov2` and trained on likewise,
 and onnxruntime's static int8 of the dense network. Prints a table in Markdown, and JSON with --out.
 """
 
@@ -76,16 +79,16 @@ def trained(subject: Subject, techniques: Sequence[Any], budget: Budget, model: 
 
 
 def ways(
-    subject: Subject, dense: nn.Module, budget: Budget
+    subject: Subject, begun: nn.Module, dense: nn.Module, budget: Budget
 ) -> Iterator[tuple[str, list[tuple[str, Callable[[], Any]]]]]:
-    """Names with their ladders: settings and what makes the network."""
-    on = subject.with_model(dense)
+    """Names with their ladders: settings and what makes the network, from the one begun or the one trained on."""
+    on, early = subject.with_model(dense), subject.with_model(begun)
     for name, form in (("otov2", OTOv2), ("pdp channel", partial(PDP, form="channel"))):
-        yield name, [(f"sparsity {s}", partial(trained, subject, [form(sparsity=s)], budget, dense)) for s in SHARES]
+        yield name, [(f"sparsity {s}", partial(trained, subject, [form(sparsity=s)], budget, begun)) for s in SHARES]
     yield (
         "greenformer",
         [
-            (f"rank {r}", partial(lambda r: trained(subject, [], budget, apply(Greenformer(rank=r), on).model), r))
+            (f"rank {r}", partial(lambda r: trained(subject, [], budget, apply(Greenformer(rank=r), early).model), r))
             for r in RANKS
         ],
     )
@@ -93,10 +96,23 @@ def ways(
     yield "jei-dnn", [(f"cost_weight {w}", lambda w=w: apply(JeiDnn(cost_weight=w), on).model) for w in PRICES]
 
 
-def climbed(subject: Subject, name: str, ladder: Sequence[tuple[str, Callable[[], Any]]], bar: float) -> Way:
+def kept(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:
+    """What was kept in the folder under this name, or else what `make` returns, kept there."""
+    path = folder / f"{name.replace(' ', '_')}.pt" if folder else None
+    if path and path.exists():
+        return torch.load(path, weights_only=False)  # written by this script, on this machine
+    found = make()
+    if path:
+        torch.save(found, path)
+    return found
+
+
+def climbed(
+    subject: Subject, name: str, ladder: Sequence[tuple[str, Callable[[], Any]]], bar: float, folder: Path | None
+) -> Way:
     """The strongest setting that keeps to the bar on the validation split."""
     for setting, makes in ladder:
-        model = makes()
+        model = kept(folder, f"{name} {setting}", makes)
         valid = right(subject, model, "valid")
         print(f"  {name}, {setting}: validation {valid:.4f}, bar {bar:.4f}", flush=True)
         if valid >= bar:
@@ -112,11 +128,11 @@ def as_way(subject: Subject, name: str, setting: str, model: nn.Module) -> Way:
     return Way(name, setting, model, right(subject, model, "test"), macs, size_of(model))
 
 
-def torch_pruning(subject: Subject, dense: nn.Module, macs: float, budget: Budget) -> Way:
+def torch_pruning(subject: Subject, begun: nn.Module, macs: float, budget: Budget) -> nn.Module:
     """The group-norm pruner, raised step by step until the operations are those asked for, then trained on."""
     import torch_pruning as tp
 
-    model = copy.deepcopy(dense)
+    model = copy.deepcopy(begun)
     inputs = subject.data.test.inputs[:2]
     head = model.get_submodule(subject.anatomy.head)
     pruner = tp.pruner.GroupNormPruner(
@@ -127,7 +143,7 @@ def torch_pruning(subject: Subject, dense: nn.Module, macs: float, budget: Budge
         pruner.step()
         if sum(ledger_of(model.eval(), inputs[:1]).macs().values()) <= macs:
             break
-    return as_way(subject, "torch-pruning", "group norm", trained(subject, [], budget, model))
+    return trained(subject, [], budget, model)
 
 
 def onnx_int8(subject: Subject, dense: nn.Module, folder: Path) -> Way:
@@ -205,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", default=["fashion-mnist-cnn", "cifar10-resnet20"])
     parser.add_argument("--epochs", type=int, default=0, help="of every fit (0: the workload's own)")
+    parser.add_argument("--models", type=Path, help="a folder to keep networks in, or to take them from")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -212,14 +229,19 @@ def main() -> None:
     for name in chosen.workload:
         subject = build(make("workload", name, {}), Context())
         budget = replace(subject.budget, epochs=chosen.epochs or subject.budget.epochs)
-        dense = trained(subject, [], budget)
+        folder = chosen.models / name if chosen.models else None
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        begun = kept(folder, "begun", partial(trained, subject, [], budget))
+        dense = kept(folder, "dense", partial(trained, subject, [], budget, begun))
         bar = right(subject, dense, "valid") - POINT
-        found = [as_way(subject, "dense", f"{budget.epochs} epochs", dense)]
-        found += [climbed(subject, way, ladder, bar) for way, ladder in ways(subject, dense, budget)]
+        found = [as_way(subject, "dense", f"{2 * budget.epochs} epochs", dense)]
+        found += [climbed(subject, way, ladder, bar, folder) for way, ladder in ways(subject, begun, dense, budget)]
         macs = next(w.operations for w in found if w.name == "otov2")
-        found.append(torch_pruning(subject, dense, macs, budget))
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(onnx_int8(subject, dense, Path(folder)))
+        peer = kept(folder, "torch-pruning", partial(torch_pruning, subject, begun, macs, budget))
+        found.append(as_way(subject, "torch-pruning", "group norm", peer))
+        with tempfile.TemporaryDirectory() as scratch:
+            found.append(onnx_int8(subject, dense, Path(scratch)))
         text, all_rows[name] = table(name, found, subject)
         print(text, flush=True)
     if chosen.out:

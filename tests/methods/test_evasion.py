@@ -174,3 +174,39 @@ def test_zero_gradients_and_their_absence() -> None:
     y = model(x).argmax(1)
     assert not zero_gradients(model, x, y).any() and zero_gradients(Staircase(model), x, y).all()
     assert has_gradients(model, x) and has_gradients(Staircase(model), x) and not has_gradients(Opaque(model), x)
+
+
+class Noisy(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x + 0.1 * torch.randn_like(x))
+
+
+def test_thorough_goes_on_with_what_stands_and_never_helps_the_defender(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = replace(PROBE, examples=40, thorough=True, steps=4, queries=10, cw_examples=2)
+    brief = replace(found, thorough=False).measure(plain(), Context())
+    long = found.measure(plain(), Context())
+    assert long["robust_accuracy"].value < brief["robust_accuracy"].value
+    assert {k: v for k, v in long.items() if k != "robust_accuracy"} == {
+        k: v for k, v in brief.items() if k != "robust_accuracy"
+    }
+    assert any("nine targets" in note and "queries" not in note for note in long.notes)
+    monkeypatch.setattr("cupel.probes.robust.evasion.QUERIES", 60)
+    masked = found.measure(plain().with_model(Staircase(plain().model)), Context())
+    assert any("60 queries" in note for note in masked.notes)
+
+
+def test_a_random_network_is_met_by_its_mean() -> None:
+    subject = plain().with_model(Noisy(plain().model))
+    found = replace(PROBE, examples=30, steps=5, queries=10, cw_examples=2).measure(subject, Context())
+    assert any("answers at random" in note for note in found.notes)
+    assert not any("answers at random" in note for note in honest().notes)
+    assert found["clean_accuracy"].value > 0.9 and found["robust_accuracy"].value < found["clean_accuracy"].value
+
+
+def test_attacked_inputs_can_be_asked_to_be_storable() -> None:
+    found = replace(PROBE, levels=17, eps=1.4 / 16, examples=40).measure(plain(), Context())  # digits hold 17 levels
+    free = replace(PROBE, eps=1.4 / 16, examples=40).measure(plain(), Context())
+    assert found["robust_accuracy"].value > free["robust_accuracy"].value
+    for picture in found.figures["adversarial"]:
+        at = torch.tensor(picture["adversarial"]) * 16
+        assert float((at - at.round()).abs().max()) < 0.02

@@ -93,3 +93,16 @@ def test_the_front_and_its_picture(card: dict[str, Any]) -> None:
     ys = sorted(float(t.get("y", "0")) for t in root.iter(f"{ns}text") if t.text in small)
     assert all(b - a >= 15 for a, b in pairwise(ys))
     assert set(pictures("small", study)) == {"small-robustness.svg", "small-leakage.svg"}
+
+
+def test_what_masks_its_gradients_is_crossed_out(card: dict[str, Any]) -> None:
+    card["variants"]["both"]["probes"]["evasion"]["readings"] |= {
+        "masking_signs": cell([1.0] * 3, "signs", "lower"),
+        "robust_accuracy": cell([0.99] * 3),
+    }
+    drawn = pictures("small", digest(card))
+    assert drawn["small-robustness.svg"].count('class="doubted"') == 1
+    root = ET.fromstring(drawn["small-robustness.svg"])
+    marks = list(root.iter("{http://www.w3.org/2000/svg}circle"))
+    assert len(marks) == 2 and all(m.get("class") == "on" for m in marks)
+    assert 'class="doubted"' not in drawn["small-leakage.svg"]

@@ -16,14 +16,15 @@ def claim(
     family: str = typer.Option("", help="Only this family."),
     quick: bool = typer.Option(False, "--quick", help="Fewer seeds and steps: at most 20 s each."),
     record: bool = typer.Option(False, "--record", help="Write the record into claims/records."),
-    jobs: int = typer.Option(1, help="Processes.", min=1),
+    jobs: int = typer.Option(1, help="Processes, which share the seeds of a claim.", min=1),
     json_: bool = typer.Option(False, "--json", help="Print records as JSON."),
 ) -> None:
     """Re-measure claims; prints held or not held, the paper's number beside ours.
 
     Examples:  cupel claim pdp   ·   cupel claim --quick --jobs 2
     """
-    from concurrent.futures import Executor, ProcessPoolExecutor
+    from concurrent.futures import ProcessPoolExecutor
+    from contextlib import nullcontext
     from multiprocessing import get_context
 
     from cupel.core.catalogue import anywhere
@@ -36,16 +37,15 @@ def claim(
             raise PlanError(f"a claim must be one of `cupel list`; got {name!r}.{nearest(name, claim_names())}")
     chosen = [n for n in chosen if not family or anywhere(n).card().family == family]
     found = []
-    pool: Executor | None = ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else None
-    made = pool.map(run_claim, chosen, [quick] * len(chosen)) if pool else (run_claim(n, quick) for n in chosen)
-    for result in made:
-        found.append(result)
-        if record:
-            write_record(result)
-        if not json_:
-            typer.echo(_line(result))
-    if pool:
-        pool.shutdown()
+    # Spawned, because a fork would inherit torch's threads.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        for name in chosen:
+            result = run_claim(name, quick, pool=pool)
+            found.append(result)
+            if record:
+                write_record(result)
+            if not json_:
+                typer.echo(_line(result))
     if json_:
         typer.echo(json.dumps(found, indent=1))
 

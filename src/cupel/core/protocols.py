@@ -115,8 +115,8 @@ class Moment(Protocol):
         """Share of the fit that is done, in [0, 1]."""
         ...
 
-    @property
-    def lr(self) -> float: ...
+    lr: float  # of this step, as the schedule has it; a hook may change it in `batch`, for this step alone
+
     @property
     def batch(self) -> Batch: ...
     @property

@@ -10,12 +10,15 @@ import datetime
 import importlib.util
 import json
 import operator
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -70,8 +73,7 @@ def record_of(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def run_claim(name: str, quick: bool = False, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Measure a claim and return its record (not yet written)."""
+def _module(name: str) -> ModuleType:
     if name not in claim_names():
         raise PlanError(f"a claim must be one of `cupel list`; got {name!r}.{nearest(name, claim_names())}")
     path = claims_folder() / f"{name.replace('-', '_')}.py"
@@ -80,25 +82,56 @@ def run_claim(name: str, quick: bool = False, tell: Callable[[str], None] = lamb
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their own module up while they are made
     spec.loader.exec_module(module)
-    claim: Claim = module.CLAIM
-    if not claim.bounds:
-        raise ContractError(f"the claim of {name} must bound a quantity; it bounds none. Fill `bounds`.")
-    threads = torch.get_num_threads()
+    return module
+
+
+def measure_seed(name: str, seed: int, quick: bool) -> tuple[dict[str, float], float]:
+    """The quantities of one seed, on one thread, and the CPU seconds they took."""
+    module, threads = _module(name), torch.get_num_threads()
     torch.set_num_threads(1)
-    began = time.perf_counter()
-    rows = []
+    began = _cpu_seconds()
     try:
-        for seed in claim.seeds[: claim.quick_seeds] if quick else claim.seeds:
-            rows.append(module.measure(seed, quick))
-            tell(f"{name}: seed {seed}, {time.perf_counter() - began:.0f} s")
-    except MissingData as error:
-        return _record(claim, [], quick, 0.0) | {"reason": str(error)}
+        return module.measure(seed, quick), _cpu_seconds() - began
     finally:
         torch.set_num_threads(threads)
-    return _record(claim, rows, quick, time.perf_counter() - began)
 
 
-def _record(claim: Claim, rows: list[dict[str, float]], quick: bool, seconds: float) -> dict[str, Any]:
+def _cpu_seconds() -> float:
+    """Of this process and the children it has waited for."""
+    now = os.times()
+    return now.user + now.system + now.children_user + now.children_system
+
+
+def run_claim(
+    name: str, quick: bool = False, tell: Callable[[str], None] = lambda _: None, pool: Executor | None = None
+) -> dict[str, Any]:
+    """Measure a claim and return its record (not yet written).
+
+    Args:
+        pool: measures seeds beside each other; here one after another without it.
+    """
+    claim: Claim = _module(name).CLAIM
+    if not claim.bounds:
+        raise ContractError(f"the claim of {name} must bound a quantity; it bounds none. Fill `bounds`.")
+    seeds = claim.seeds[: claim.quick_seeds] if quick else claim.seeds
+    began = time.perf_counter()
+    rows, spent = [], 0.0
+    made = (
+        pool.map(measure_seed, [name] * len(seeds), seeds, [quick] * len(seeds))
+        if pool
+        else (measure_seed(name, seed, quick) for seed in seeds)
+    )
+    try:
+        for seed, (row, cpu) in zip(seeds, made, strict=True):
+            rows.append(row)
+            spent += cpu
+            tell(f"{name}: seed {seed}, {time.perf_counter() - began:.0f} s")
+    except MissingData as error:
+        return _record(claim, [], quick, 0.0, 0.0) | {"reason": str(error)}
+    return _record(claim, rows, quick, time.perf_counter() - began, spent)
+
+
+def _record(claim: Claim, rows: list[dict[str, float]], quick: bool, seconds: float, cpu: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for quantity in rows[0] if rows else ():
         r = mean_of([float(row[quantity]) for row in rows], "")
@@ -122,6 +155,7 @@ def _record(claim: Claim, rows: list[dict[str, float]], quick: bool, seconds: fl
         "explains": "" if held else claim.explains,
         "quick": quick,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu, 1),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()} CPU, one thread, torch {torch.__version__.split('+')[0]}",
     }
@@ -135,7 +169,7 @@ def write_record(record: dict[str, Any]) -> Path:
     return path
 
 
-if __name__ == "__main__":  # python -m cupel.runner.claims NAME [--quick] [--record]
+if __name__ == "__main__":  # python -m cupel.runner.claims NAME [--quick] [--record]; `cupel claim` does more
     made = run_claim(sys.argv[1], "--quick" in sys.argv, print)
     print(json.dumps(made, indent=1))
     if "--record" in sys.argv:

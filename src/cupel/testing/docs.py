@@ -58,7 +58,8 @@ def _claim_lines(name: str, record: dict[str, Any]) -> list[str]:
             f"| {quantity.replace('_', ' ')} | {q['mean']:.4g} | {low} to {high} | {q.get('bound', '')} | {verdict} |"
         )
     seeds = len(next(iter(record["quantities"].values()))["seeds"]) if record["quantities"] else 0
-    lines += ["", f"{seeds} seeds, {record['seconds']} s, {record['date']}, {record['machine']}."]
+    took = f"{record['cpu_seconds']} s of CPU" if "cpu_seconds" in record else f"{record['seconds']} s"
+    lines += ["", f"{seeds} seeds, {took}, {record['date']}, {record['machine']}."]
     if record["explains"]:
         lines += ["", f"Why: {record['explains']}"]
     return [*lines, ""]

@@ -1,4 +1,4 @@
-"""Networks on which attacks are tested: linear ones, whose nearest adversarial input has a closed form, and a small CNN."""
+"""Networks to try attacks on: linear ones, whose nearest adversarial input has a closed form, and a small CNN."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from typing import Any
 
@@ -13,7 +13,7 @@ WIDE, HIGH = 720, 440
 LEFT, RIGHT, TOP, BOTTOM = 70, 150, 20, 50
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#222}line,path{stroke:#888;fill:none}.front{stroke:#0a6;stroke-width:1.5}"
-    "circle{fill:#fff;stroke:#235;stroke-width:1.5}.on{fill:#0a6;stroke:#0a6}.grid{stroke:#ddd}.ci{stroke:#9ab}"
+    "circle{fill:#fff;stroke:#235;stroke-width:1.5}.on{fill:#0a6;stroke:#0a6}.grid{stroke:#ddd}.ci{stroke:#9ab}.doubted{stroke:#c33;stroke-width:2}"
     "rect{fill:#fff}@media(prefers-color-scheme:dark){text{fill:#ddd}rect{fill:#16181c}circle{fill:#16181c;stroke:#9bd}"
     ".on{fill:#3c9;stroke:#3c9}.front{stroke:#3c9}.grid{stroke:#333}.ci{stroke:#567}}"
 )
@@ -71,8 +71,13 @@ def _apart(wanted: dict[str, float], gap: float = 15.0) -> dict[str, float]:
     return {name: y - over for name, y in placed.items()}
 
 
-def scatter(points: Mapping[str, tuple[Cell, Cell]], across: str, up: str, log: bool = False) -> str:
-    """An SVG of `points`: name -> (x, y) cells with value, low, high, unit and better; names stand at the right."""
+def scatter(
+    points: Mapping[str, tuple[Cell, Cell]], across: str, up: str, log: bool = False, doubted: Collection[str] = ()
+) -> str:
+    """An SVG of `points`: name -> (x, y) cells with value, low, high, unit and better; names stand at the right.
+
+    Points that are `doubted` are crosses, and no part of the front.
+    """
     x = _Scale([p[0] for p in points.values()], LEFT, WIDE - RIGHT, log)
     y = _Scale([p[1] for p in points.values()], HIGH - BOTTOM, TOP, False)
     units = [next(iter(points.values()))[k]["unit"] for k in (0, 1)]
@@ -85,7 +90,9 @@ def scatter(points: Mapping[str, tuple[Cell, Cell]], across: str, up: str, log: 
     for v in y.ticks():
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{y.at(v):.1f}" y2="{y.at(v):.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y.at(v) + 4:.1f}" text-anchor="end">{number(v, units[1])}</text>')
-    best = sorted(front(points), key=lambda name: points[name][0]["value"])
+    best = sorted(
+        front({n: p for n, p in points.items() if n not in doubted}), key=lambda name: points[name][0]["value"]
+    )
     path = " ".join(f"{x.at(points[n][0]['value']):.1f},{y.at(points[n][1]['value']):.1f}" for n in best)
     parts.append(f'<path class="front" d="M{path.replace(" ", " L")}"/>')
     heights = _apart({name: y.at(cell["value"]) for name, (_, cell) in points.items()})
@@ -94,7 +101,11 @@ def scatter(points: Mapping[str, tuple[Cell, Cell]], across: str, up: str, log: 
         if b["low"] is not None and b["high"] is not None:
             low, high = y.at(b["low"]), y.at(b["high"])
             parts.append(f'<line class="ci" x1="{px:.1f}" x2="{px:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
-        parts.append(f'<circle class="{"on" if name in best else ""}" cx="{px:.1f}" cy="{py:.1f}" r="4.5"/>')
+        if name in doubted:
+            ends = f"M{px - 5:.1f},{py - 5:.1f} l10,10 m0,-10 l-10,10"
+            parts.append(f'<path class="doubted" d="{ends}"/>')
+        else:
+            parts.append(f'<circle class="{"on" if name in best else ""}" cx="{px:.1f}" cy="{py:.1f}" r="4.5"/>')
         edge, line = WIDE - RIGHT + 8, heights[name]
         parts.append(f'<path class="grid" d="M{px + 6:.1f},{py:.1f} L{edge},{line:.1f}"/>')
         parts.append(f'<text x="{edge + 4}" y="{line + 4:.1f}">{escape(name)}</text>')

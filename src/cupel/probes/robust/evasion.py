@@ -16,7 +16,7 @@ from cupel.core.protocols import Card
 from cupel.core.scorecard import Reading, Readings, exact, share
 from cupel.core.types import Bounds, Subject, still
 from cupel.ops.apgd import apgd
-from cupel.ops.attacks import fgsm, logits_ratio, negative_margin, pgd, tempered
+from cupel.ops.attacks import fgsm, logits_ratio, pgd, tempered
 from cupel.ops.carlini import carlini
 from cupel.ops.eot import expected, is_random
 from cupel.ops.folding import folded
@@ -39,6 +39,7 @@ CARD = Card(
     ordered={"robust_accuracy": "trained"},
     tiny={"eps": 0.02, "examples": 24, "steps": 4, "queries": 8, "cw_examples": 4},
 )
+LONG, QUERIES = 100, 5000  # AutoAttack's steps of a run, and its queries
 DRAWS = 20  # forwards that answer for a network that draws at random
 
 
@@ -61,11 +62,12 @@ class Evasion:
     Square as cited in `cupel.ops`.
 
     Departs: fewer steps and queries than AutoAttack by default, and no FAB; `thorough` goes on with the
-    inputs that still stand, by 100 auto-steps on the margin and the cross-entropy, nine targets, and 5,000
-    queries. Robust accuracies are upper bounds as everywhere. A network that draws at random is attacked, and
-    judged, by the mean of its log-probabilities over 20 draws (expectation over transformation). Inputs are spread evenly over the test split instead
-    of drawn, so that all models meet the same ones. Networks without input gradients are attacked by
-    Square alone, with four times the queries, and that absence counts as one sign.
+    inputs that still stand, by 100 auto-steps towards each of nine targets, a restart, and, where a sign of
+    masking shows, 5,000 queries. Robust accuracies are upper bounds as everywhere. A network that draws at
+    random is attacked, and judged, by the mean of its log-probabilities over 20 draws. Inputs are spread
+    evenly over the test split instead of drawn, so that all models meet the same ones. Networks without
+    input gradients are attacked by Square alone, with four times the queries, and that absence counts as one
+    sign.
 
     Example:
         >>> Evasion(eps=0.2).norm
@@ -89,7 +91,7 @@ class Evasion:
             if has_gradients(model, x[:2]):
                 bench = self._bench(bounds, model, folded(model, x[:16]), x, y, ctx)
                 found, signs = bench.white_box()
-                found |= bench.further(found) if self.thorough else {}
+                found |= bench.further(found, signs) if self.thorough else {}
             else:
                 bench = self._bench(bounds, model, model, x, y, ctx)
                 found = {"square": bench.run("square", square, steps=4 * self.queries)}
@@ -157,19 +159,16 @@ class _Bench:
         many = fooled["pgd"] | fooled["apgd"]  # all that many steps on the network's own loss can do
         return found, signs_of(zero, fooled["fgsm"], many, fooled["square"], unbounded.fooled, fooled["rescaled"])
 
-    def further(self, found: dict[str, Outcome]) -> dict[str, Outcome]:
+    def further(self, found: dict[str, Outcome], signs: list[Sign]) -> dict[str, Outcome]:
         """Longer attacks on what every attack before left standing."""
         more: dict[str, Outcome] = {}
-        long = max(100, self.p.steps)
-        plans: tuple[tuple[str, Attack, int], ...] = (
-            ("margin-long", partial(apgd, loss=negative_margin), long),
-            ("apgd-long", apgd, long),
-            ("targets", multi_target, long),
-            ("square-long", square, max(5000, self.p.queries)),
-        )
+        plans: list[tuple[str, Attack, int]] = [("targets", multi_target, LONG), ("restart", apgd, LONG)]
+        if any(sign.shows for sign in signs):  # where gradients can be believed, scores alone find nothing more
+            plans.append(("square-long", square, QUERIES))
         for name, attack, steps in plans:
             fallen = torch.stack([self._within(outcome) for outcome in (found | more).values()]).any(0)
-            more[name] = self.run(name, attack, (~fallen).nonzero().flatten(), steps=steps)
+            rows = (~fallen).nonzero().flatten()
+            more[name] = self.run(name, attack, rows, steps=max(steps, self.p.steps))
         return more
 
     def readings(self, found: dict[str, Outcome], signs: list[Sign]) -> Readings:
@@ -191,9 +190,7 @@ class _Bench:
         if self.random:
             notes.append(f"the network answers at random: every answer is the mean log-probability of {DRAWS} draws")
         if "targets" in found:
-            notes.append(
-                "what stood met auto-step PGD of 100 steps on three losses, nine targets, 5,000 queries"
-            )
+            notes.append("what stood met auto-step PGD of 100 steps on three losses, nine targets, 5,000 queries")
         notes += [f"sign of masked gradients: {words}" for words in shown]
         if shown:
             notes.append("with masked gradients the robust accuracy is an upper bound that other attacks may lower")
