@@ -7,7 +7,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 VENDOR = ("vendor/d3.min.js", "vendor/plot.umd.min.js")
-OURS = ("elements.js", "plots.js", "series.js", "pictures.js", "figures.js", "table.js")
+OURS = ("elements.js", "plots.js", "series.js", "pictures.js", "graph.js", "pathways.js", "figures.js", "table.js")
 
 
 def style() -> str:

@@ -1,4 +1,4 @@
-// window.cupel, fifth part: any figure of a probe, by its kind.
+// window.cupel, seventh part: any figure of a probe, by its kind.
 //
 //   cupel.figureOf(figure, shown, order)   an element with the figure of the `shown` variants side by side
 //       figure: {probe, name, kind, all, by: {variant: content}, none: [variants], left: [variants]}   (report/figures.py)
@@ -50,6 +50,7 @@
       const most = cupel.mostOf(Object.keys(figure.by).map((name) => content(figure, name)));
       return panels(figure, shown, (c, name) => cupel.records(c, name, most));
     },
+    pathways: (figure, shown) => panels(figure, shown, cupel.pathways),
     listing: (figure, shown) => panels(figure, shown, (c, name) => told(name, c.text)),
   };
   const told = (name, text) => el("div", { class: "panel broad" }, el("p", { class: "panel-name" }, name), el("pre", { tabindex: "0" }, text));
@@ -60,6 +61,7 @@
     reliability: "Dots on the dashed line: the network is as often right as it is sure. Below: how many inputs were that sure.",
     images: "Pictures of the first seed; changes and maps are red above zero and blue below, each on its own scale.",
     records: "Bars: share of the largest value over all variants; of 1 for shares.",
+    pathways: "Layers from left to right, a mark for each channel, as large as it is strong. Drag marks and ground; Ctrl and the wheel zoom; point at a channel to see what excites it, click to keep it.",
     listing: "This figure has no drawing of its own, so it is told in words.",
   };
 

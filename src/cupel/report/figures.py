@@ -9,7 +9,7 @@ from typing import Any
 from cupel.report.kinds import drawn, short
 from cupel.report.words import label, probes_of, variants_of
 
-_HEAVY = ("images", "listing")
+_HEAVY = ("images", "listing", "pathways")
 
 
 def figures_of(card: Mapping[str, Any]) -> list[dict[str, Any]]:

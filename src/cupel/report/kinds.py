@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from cupel.report.paths import pathways
 from cupel.report.pixels import depth, is_number, is_picture, picture, span_of
 from cupel.report.words import label
 
@@ -91,7 +92,7 @@ def _rows(x: str, y: str) -> Callable[[Any, Mapping[str, Any]], Found]:
 
 
 _KNOWN: dict[str, Callable[[Any, Mapping[str, Any]], Found]] = {
-    "confusion": _confusion, "reliability": _reliability, "severity": _severity, "roc": _roc,
+    "confusion": _confusion, "reliability": _reliability, "severity": _severity, "roc": _roc, "pathways": pathways,
     "heatmap": _rows("frequency bin", "share of the sensitivity"),
     "spectrum": _rows("frequency bin", "share of the amplitude"), "trigger": _rows("time step", "added to the input"),
 }  # fmt: skip

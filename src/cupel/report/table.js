@@ -1,4 +1,4 @@
-// window.cupel, sixth part: the table of readings. The cells are the ones that report/table.py wrote; nothing is written anew,
+// window.cupel, eighth part: the table of readings. The cells are the ones that report/table.py wrote; nothing is written anew,
 // they only change places.
 //
 //   cupel.readings(table, readings, variants, said)    returns {sort(r), unsort(), find(words), findVariants(words), halves(yes), lie(yes), lying, order}
