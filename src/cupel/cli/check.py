@@ -11,10 +11,11 @@ from cupel.cli import bring
 from cupel.cli.guard import guarded
 
 # What a reviewer asks: how good, how calibrated, how costly, how easily fooled (seeing the weights, and seeing
-# outputs only), how it fails, what it leaks, whether weights survive bit errors, which labels look wrong.
+# outputs only), how it fails, what it leaks, whether weights survive bit errors, which labels look wrong, and
+# whether it is what its name says.
 PROBES = (
     "accuracy", "calibration", "cost", "latency", "evasion", "black-box", "corruption", "membership", "bit-errors",
-    "label-issues",
+    "label-issues", "dara",
 )  # fmt: skip
 
 
@@ -67,13 +68,16 @@ def check(
         workload=bring.own_model(model, data, **how, split="test"),
         seeds=[seed],
         variants={name: []},
-        probes=refs(probes),
+        probes=[{"dara": {"name": name}} if probe == "dara" else probe for probe in refs(probes)],
         gate=yaml.safe_load(gate.read_text(encoding="utf-8")) if gate else None,
     )
     bring.look(recipe, say=not quiet)
     folder = out or fresh(f"check-{name}")
     settings = {"jobs": jobs or os.cpu_count() or 1, "device": device}
     card = with_progress(recipe, folder, quiet or json_, settings)
+    for text in card["variants"][name]["probes"].get("dara", {}).get("notes", ()) if not quiet else ():
+        if text.startswith("name "):  # what does not fit the name; the rest stands in the scorecard
+            typer.echo(f"note: {text}", err=True)
     if json_:
         typer.echo(json.dumps(card, indent=1, default=str))
     elif not quiet:
