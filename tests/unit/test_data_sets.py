@@ -31,6 +31,7 @@ from cupel.data.holding import holding
 from cupel.data.local import local, located, places
 from cupel.data.movielens import MovieLens
 from cupel.data.planetoid import Citations
+from cupel.data.tweets import Tweets
 
 torch.set_num_threads(1)
 ENTRIES = {entry.name: entry for entry in sets.entries()}
@@ -59,7 +60,7 @@ def test_every_entry_is_literal_and_sound(name: str) -> None:
     assert entry == module.SET
     assert entry.licence
     assert entry.source
-    assert entry.kind in ("images", "series", "features", "graph", "interactions")
+    assert entry.kind in ("images", "series", "features", "graph", "interactions", "texts")
     assert entry.files or entry.remark
     for file in entry.files:
         assert PurePosixPath(file.path).parts[0] == entry.folder
@@ -208,6 +209,9 @@ def test_the_real_set_where_it_is_here(name: str) -> None:
     elif entry.kind == "interactions":
         assert isinstance(held, MovieLens)
         assert (len(held.user), len(held.users), len(held.items), len(held.facts)) == (100_000, 943, 1682, 91_631)
+    elif entry.kind == "texts":
+        assert isinstance(held, Tweets)
+        assert (len(held.texts), len(held.classes)) == (entry.examples, entry.classes)
     else:
         check_found(name, held)
         if entry.examples:

@@ -33,6 +33,8 @@ BITS: Key[Mapping[str, float]] = Key("bits", Mapping)  # layer name -> effective
 FILTERS: Key[Tensor] = Key("filters", Tensor)  # class-wise convolution kernels, [K, k, k]
 SOFT_TARGETS: Key[Mapping[str, Tensor]] = Key("soft_targets", Mapping)  # "index" [M] of examples, "shares" [M, K]
 FORGETTING: Key[Mapping[str, float]] = Key("forgetting", Mapping)  # how a class was forgotten: rates and sizes
+LEXICON: Key[object] = Key("lexicon", object)  # how texts become inputs: an ops.lexicon.Lexicon
+CRITICALITY: Key[Mapping[str, float]] = Key("criticality", Mapping)  # weight -> rise of a loss under its worst change
 
 
 @dataclass(frozen=True)

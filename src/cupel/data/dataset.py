@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from cupel.core.errors import ContractError
 
-Kind = Literal["images", "series", "features", "graph", "interactions"]
+Kind = Literal["images", "series", "features", "graph", "interactions", "texts"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DataSet:
     Args:
         name: what users type; the file stem with dashes.
         title: one line.
-        kind: what one example is; graphs and interactions are not examples in rows and have readers of their own.
+        kind: what one example is; graphs, interactions and texts are no rows of numbers and have readers of their own.
         licence: as the publisher states it, or that none is stated.
         source: who made it, where it is described.
         folder: its folder below the data folder.

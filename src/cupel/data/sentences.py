@@ -19,6 +19,7 @@ from cupel.core.context import seeded
 from cupel.core.errors import MissingData, ParamError, nearest
 from cupel.core.types import Examples, Splits
 from cupel.data.local import local
+from cupel.ops.lexicon import Lexicon
 from cupel.ops.task_rows import TaskExamples
 
 SETS: dict[str, tuple[str, ...]] = {  # name -> its classes, by number
@@ -162,10 +163,24 @@ def sentences(names: Sequence[str], words: int, vocabulary: int, examples: int, 
     return _splits(tuple(names), paths, words, vocabulary, examples, data_seed)
 
 
+def lexicon(names: Sequence[str], words: int, vocabulary: int, examples: int, data_seed: int) -> Lexicon:
+    """How the texts of `sentences(...)`, called alike, become its inputs."""
+    paths = tuple(local(f"sentence-cls/{name}.csv.gz") for name in names)
+    files, chosen, known = _read(tuple(names), paths, words, vocabulary, examples, data_seed)
+    starts = [0, *accumulate(len(rows) for rows in files)]
+    rows = [(t, k) for part in chosen.values() for t, own in enumerate(part) for k in own]
+    texts = {k + starts[t]: tuple(words_of(files[t][k].text)[:words]) for t, k in rows}
+    return Lexicon(known, texts, 2 * words - 1, lead=1, pairs=True)
+
+
+Read = tuple[list[tuple[Sentence, ...]], dict[str, list[list[int]]], dict[str, int]]
+
+
 @lru_cache(maxsize=4)
-def _splits(
+def _read(
     names: tuple[str, ...], paths: tuple[Path, ...], words: int, vocabulary: int, examples: int, data_seed: int
-) -> Splits:
+) -> Read:
+    """All rows of every file, the chosen ones of every part, and the vocabulary of those that train."""
     files = [read_sentences(path, SETS[name]) for path, name in zip(paths, names, strict=True)]
     draws = [seeded(data_seed, "sentences", name) for name in names]
     parts = _parts(files, draws)
@@ -175,7 +190,14 @@ def _splits(
         for part in ("train", "valid", "test")
     }
     learned = (files[t][k].text for t, rows in enumerate(chosen["train"]) for k in rows)
-    known = vocabulary_of(learned, words, vocabulary)
+    return files, chosen, vocabulary_of(learned, words, vocabulary)
+
+
+@lru_cache(maxsize=4)
+def _splits(
+    names: tuple[str, ...], paths: tuple[Path, ...], words: int, vocabulary: int, examples: int, data_seed: int
+) -> Splits:
+    files, chosen, known = _read(names, paths, words, vocabulary, examples, data_seed)
     return Splits(**{part: _examples(names, files, rows, words, known, part) for part, rows in chosen.items()})
 
 

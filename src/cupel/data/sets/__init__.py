@@ -3,7 +3,7 @@
 `sets/fashion_mnist.py` is the set `fashion-mnist`. It holds a literal `SET = DataSet(...)`, read from the source
 text, and `read(member, data_dir)`, imported only when the data are read. `read` returns what the kind of the set
 says: `Found` for images, series and features; for a graph `data.planetoid.Citations`; for interactions
-`data.movielens.MovieLens`.
+`data.movielens.MovieLens`; for texts `data.tweets.Tweets`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def find(name: str) -> DataSet:
 
 
 def load(name: str, data_dir: Path | None = None) -> Any:
-    """Whatever the set holds: `Found`, `Citations` or `MovieLens`, as its kind says.
+    """Whatever the set holds: `Found`, `Citations`, `MovieLens` or `Tweets`, as its kind says.
 
     Args:
         name: such as `fashion-mnist` or `ucr/GunPoint`.
@@ -83,11 +83,11 @@ def read(name: str, data_dir: Path | None = None) -> Found:
         data_dir: where to look first.
 
     Raises:
-        ParamError: an unknown name, or a set that is a graph or holds interactions.
+        ParamError: an unknown name, or a set that is a graph or holds interactions or texts.
         MissingData: the files are not on this machine, or are broken; says how to get them.
     """
     entry = find(name)
-    if entry.kind in ("graph", "interactions"):
+    if entry.kind in ("graph", "interactions", "texts"):
         raise ParamError(
             f"a data set for this must hold images, series or features; got {name!r}, which is of kind {entry.kind}. "
             "Read it with cupel.data.sets.load, or choose another: `cupel data list`."

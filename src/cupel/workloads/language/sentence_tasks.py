@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from cupel.core.context import Context
 from cupel.core.params import param
 from cupel.core.protocols import Card
+from cupel.core.shelf import LEXICON, Shelf
 from cupel.core.tasks import Classification
 from cupel.core.types import Anatomy, Budget, Subject
-from cupel.data.sentences import SETS, sentences
+from cupel.data.sentences import SETS, lexicon, sentences
 from cupel.nets.multi_task import MultiTaskText
 
 CARD = Card(
@@ -20,7 +21,8 @@ CARD = Card(
     "for Sentence Classification, EMNLP 2014, arXiv 1408.5882; network: A. Joulin et al., Bag of Tricks for Efficient "
     "Text Classification, 2016, arXiv 1607.01759",
     tags=("text", "multi-task", "bag of words", "small"),
-    gives=("weights", "gradients", "members", "classes"),
+    gives=("weights", "gradients", "members", "classes", "words"),
+    writes=("lexicon",),
     expects="test accuracy without pre-trained vectors: SST-2 0.827 (with phrase labels), TREC 0.912, Subj 0.896, "
     "MR 0.761, CR 0.798, MPQA 0.834 (CNN-rand, Kim 2014, Table 2)",
     tiny={"tasks": ("trec", "cr"), "examples": 48, "words": 12, "vocabulary": 512, "dim": 8, "hidden": 8},
@@ -76,7 +78,9 @@ class SentenceTasks:
 
     def build(self, ctx: Context) -> Subject:
         names = tuple(self.tasks)
-        data = sentences(names, self.words, self.vocabulary, self.examples, self.data_seed)
+        chosen = (names, self.words, self.vocabulary, self.examples, self.data_seed)
+        data, shelf = sentences(*chosen), Shelf(maker="sentence-tasks")
+        shelf.put(LEXICON, lexicon(*chosen))
         with ctx.scope("init"):
             net = MultiTaskText(self.vocabulary, self.dim, self.hidden, [len(SETS[n]) for n in names], self.dropout)
         return Subject(
@@ -85,4 +89,5 @@ class SentenceTasks:
             Classification(len(self.classes)),
             Anatomy(head="head"),
             Budget(epochs=3, batch_size=128, optimizer="adam", lr=1e-2, schedule="cosine"),
+            shelf=shelf,
         )

@@ -1,0 +1,249 @@
+"""Probe `arabic-synonym`: does the answer survive when words are swapped for others that fit their place?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cupel.core.context import Context, derive
+from cupel.core.errors import NotApplicable
+from cupel.core.params import param
+from cupel.core.protocols import Card
+from cupel.core.scorecard import Readings, exact, mean_of, share
+from cupel.core.shelf import LEXICON
+from cupel.core.types import Examples, Subject, TrainView
+from cupel.ops.labelled import evenly, judged_classes
+from cupel.ops.lexicon import Lexicon, Words
+from cupel.ops.word_filters import Admit, Content, Meanings, both, content_of, meanings, same_form
+from cupel.ops.word_model import WordModel, word_model
+from cupel.ops.word_swaps import Course, Propose, Victim, at_random, by_importance, lawful, swapped
+
+CARD = Card(
+    name="arabic-synonym",
+    family="robust",
+    source="N. Alshahrani, S. Alshahrani, E. Wali, J. Matthews, Arabic Synonym BERT-based Adversarial Examples for "
+    "Text Classification, EACL 2024 Student Research Workshop, arXiv 2402.03477",
+    tags=("evasion", "adversarial", "text", "arabic", "black box", "scores", "untargeted", "words", "language model"),
+    needs=("classes", "words"),
+    reads=("lexicon",),
+    forks=2,
+    readings=(
+        "defended_accuracy",
+        "attacked_accuracy",
+        "clean_accuracy",
+        "control_accuracy",
+        "attack_success",
+        "transfer_accuracy",
+        "defended_clean_accuracy",
+        "queries",
+        "similarity",
+    ),
+    tiny={"examples": 6, "learn": 6, "epochs": 1, "dim": 8, "fillers": 4, "corpus": 32},
+)
+
+
+@dataclass(frozen=True)
+class Language:
+    """What the attack knows of a language, all of it learned from a corpus or told by letters."""
+
+    model: WordModel
+    likeness: Meanings
+    content: Content
+    words: tuple[str, ...]  # that may fill a place
+    fillers: int
+    most: int  # words that may be swapped in a text
+
+    @property
+    def admit(self) -> Admit:
+        return both(same_form, self.likeness)
+
+    def likely(self, texts: Sequence[Words], places: Sequence[int]) -> list[Words]:
+        return self.model.likely(texts, places, frozenset(self.words), self.fillers)
+
+    def anything(self, draw: torch.Generator) -> Propose:
+        """As many random words as the model would propose."""
+
+        def propose(texts: Sequence[Words], places: Sequence[int]) -> list[list[str]]:
+            rows = torch.randint(max(len(self.words), 1), (len(texts), self.fillers), generator=draw).tolist()
+            return [[self.words[k] for k in row] if self.words else [] for row in rows]
+
+        return propose
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What became of some texts, as the judge saw it."""
+
+    courses: list[Course]
+    right: Tensor  # `[N]` bool: classified rightly before
+    stands: Tensor  # rightly after, too
+    queries: list[int]  # of the victim for every text, the ranking included
+
+
+def attacked(
+    victim: Victim, texts: Sequence[Words], labels: Tensor, language: Language, control: torch.Generator | None = None
+) -> Attacked:
+    """Swap words of every text and ask again; with `control`, random words at random places, as many tries.
+
+    A text that breaks the filters or the budget counts as it was.
+    """
+    places = [language.content.places(text) for text in texts]
+    right = ~victim.errs(texts, labels)
+    if control is None:
+        orders, cost = by_importance(victim, texts, places)
+    else:
+        orders, cost = at_random(places, control), [0] * len(texts)
+    propose = language.likely if control is None else language.anything(control)
+    courses = swapped(victim, texts, labels, orders, propose, language.admit, language.most)
+    for course in courses:
+        course.now = course.now if lawful(course, language.admit, language.most) else course.before
+    stands = right & ~victim.errs([c.now for c in courses], labels)
+    return Attacked(courses, right, stands, [c.queries + n for c, n in zip(courses, cost, strict=True)])
+
+
+def with_found(view: TrainView, rows: Tensor, found: list[Words], lexicon: Lexicon) -> TrainView:
+    """The training data with the texts `found`, made from `rows` of it and with their labels, at the end."""
+    train: Examples = view.train
+    every = torch.cat([torch.arange(len(train)), rows])
+    inputs = torch.cat([train.inputs, lexicon.render(found, train.inputs[rows, : lexicon.lead])])
+    fresh = max(lexicon.texts, default=0) + 1 + torch.arange(len(rows))
+    grown = replace(train.take(every).having(inputs=inputs), index=torch.cat([train.index, fresh]))
+    return view.with_train(grown)
+
+
+@dataclass(frozen=True)
+class ArabicSynonym:
+    r"""Swap the words that matter most for others that a language model puts in their place, until the class changes.
+
+    Importance of word w: s_w = p(text) - p(text without w), p the probability of the class given; words whose removal
+    changes the class come first. At a place, the `fillers` likeliest words of a masked language model that have the
+    same form and leave the text alike (cosine of LSA points at least `similarity`) are tried in turn. Of `max_words`
+    places, each keeps the word that lowers p the most when none changes the class. Words of every script are told by
+    their letters, so the attack runs on any language; word forms are known for Arabic and English.
+
+    `attacked_accuracy`: share of texts classified rightly before and after; `control_accuracy`: the same for random
+    words at random places that pass the same filters, with as many tries. `transfer_accuracy`: of a network from
+    another seed on the texts found. `defended_accuracy`: of a network that also learned the texts that succeeded on
+    `learn` training texts, attacked anew. `queries`: of the model for a text, on average, the ranking included.
+
+    Raises:
+        NotApplicable: no test text has 30 to 300 letters and a word to swap; training data in another form.
+
+    Source: Alshahrani et al. 2024, section 3 and the released code.
+
+    Departs: the language model is trained here on the training texts (AraBERT v2 there); word forms by clitics and
+    affixes for a tagger; LSA for multilingual sentence vectors; the commonest words stand for stop words. A place
+    without a candidate is passed over; repeated words are allowed. More words than one are this library's own.
+
+    Example:
+        >>> ArabicSynonym(max_words=3).similarity
+        0.8
+    """
+
+    max_words: int = param(1, "most words swapped in a text (1: as in the paper)", ge=1)
+    fillers: int = param(50, "words the language model proposes for a place", ge=1)
+    similarity: float = param(0.8, "smallest cosine between the text before and after", ge=-1, le=1)
+    examples: int = param(300, "test texts that are attacked (0: all)", ge=0)
+    learn: int = param(2000, "training texts that are attacked for the defence (0: all)", ge=0)
+    stop: int = param(50, "commonest words that are neither swapped nor put in", ge=0)
+    epochs: int = param(4, "passes of the language model over the corpus", ge=1)
+    dim: int = param(128, "width of the language model; a multiple of 4", ge=4)
+    corpus: int = param(8000, "most training texts that the language model reads (0: all)", ge=0)
+
+    def measure(self, subject: Subject, ctx: Context) -> Readings:
+        lexicon, train = ctx.shelf.get(LEXICON), subject.data.train
+        judged_classes(subject, "arabic-synonym")
+        if not isinstance(lexicon, Lexicon) or not isinstance(train, Examples):
+            raise NotApplicable("arabic-synonym must have texts as training examples; got others. Use it on texts.")
+        known = [lexicon.texts[k] for k in train.index.tolist() if k in lexicon.texts]
+        language = self.language(known, derive(ctx.seed, *ctx.path), ctx.rng("meanings"))
+        rows, texts = self.chosen(subject.data.test, lexicon, language.content, self.examples)
+        labels, leads = subject.data.test.targets[rows], subject.data.test.inputs[rows, : lexicon.lead]
+
+        def victim(of: Subject) -> Victim:
+            return Victim(of.model, subject.task, lexicon, leads, ctx.device)
+
+        main = attacked(victim(subject), texts, labels, language)
+        control = attacked(victim(subject), texts, labels, language, ctx.rng("control"))
+        learned, found = self.lessons(subject, lexicon, language, ctx)
+        twin = ctx.fork(seed=ctx.seed + 1)
+        crossed = ~victim(twin).errs([c.now for c in main.courses], labels)
+        defended = ctx.fork(data=lambda view: with_found(view, learned, found, lexicon))
+        again = attacked(victim(defended), texts, labels, language)
+        return self._readings(main, control, again, crossed, len(found), language, labels)
+
+    def language(self, corpus: Sequence[Words], seed: int, draw: torch.Generator) -> Language:
+        """A masked language model, a likeness of texts and the content words, learned from `corpus`."""
+        read = [corpus[k] for k in evenly(len(corpus), self.corpus).tolist()]
+        content = content_of(corpus, self.stop)
+        model = word_model(read, dim=self.dim, epochs=self.epochs, seed=seed)
+        likeness = meanings(corpus, 64, self.similarity, draw)
+        return Language(model, likeness, content, content.fillers(3), self.fillers, self.max_words)
+
+    def chosen(self, data: Examples, lexicon: Lexicon, content: Content, most: int) -> tuple[Tensor, list[Words]]:
+        """Rows of `data`, evenly spread, whose text has 30 to 300 letters and a word to swap; and the texts."""
+        told = [lexicon.texts.get(k, ()) for k in data.index.tolist()]
+        fit = [k for k, t in enumerate(told) if 30 <= sum(map(len, t)) <= 300 and content.places(t)]
+        if not fit:
+            raise NotApplicable(
+                f"arabic-synonym must have texts of 30 to 300 letters with words to swap; none of {len(told)} is. "
+                "Give longer texts."
+            )
+        rows = [fit[k] for k in evenly(len(fit), most).tolist()]
+        return torch.tensor(rows), [told[k] for k in rows]
+
+    def lessons(
+        self, subject: Subject, lexicon: Lexicon, language: Language, ctx: Context, control: bool = False
+    ) -> tuple[Tensor, list[Words]]:
+        """Rows of the training part whose attacked text fools the model, and these texts."""
+        train: Examples = subject.data.train
+        rows, texts = self.chosen(train, lexicon, language.content, self.learn)
+        victim = Victim(subject.model, subject.task, lexicon, train.inputs[rows, : lexicon.lead], ctx.device)
+        done = attacked(victim, texts, train.targets[rows], language, ctx.rng("lessons") if control else None)
+        won = (done.right & ~done.stands).nonzero().flatten()
+        return rows[won], [done.courses[k].now for k in won.tolist()]
+
+    def _readings(
+        self,
+        main: Attacked,
+        control: Attacked,
+        again: Attacked,
+        crossed: Tensor,
+        lessons: int,
+        language: Language,
+        labels: Tensor,
+    ) -> Readings:
+        n, right = len(main.courses), int(main.right.sum())
+        won = (main.right & ~main.stands).nonzero().flatten().tolist()
+        alike = [language.likeness.cosine(main.courses[k].before, main.courses[k].now) for k in won]
+        swaps = "one word" if self.max_words == 1 else f"up to {self.max_words} words"
+        notes = [
+            f"{n} texts, {right} of them right before; {swaps} swapped, {self.fillers} fillers a place, one run",
+            f"the defended network learned {lessons} more texts",
+        ]
+        if int(control.stands.sum()) < int(main.stands.sum()):
+            notes.append("random swaps fool more texts than the attack: its number is too good")
+        shown = [
+            {
+                "before": " ".join(main.courses[k].before),
+                "after": " ".join(main.courses[k].now),
+                "label": int(labels[k]),
+            }
+            for k in won[:6]
+        ]
+        return Readings.of(
+            notes,
+            {"swapped": shown},
+            defended_accuracy=share(int(again.stands.sum()), n),
+            attacked_accuracy=share(int(main.stands.sum()), n),
+            clean_accuracy=share(right, n),
+            control_accuracy=share(int(control.stands.sum()), n),
+            attack_success=share(len(won), right, "lower") if right else exact(0.0, "share", "lower"),
+            transfer_accuracy=share(int(crossed.sum()), n),
+            defended_clean_accuracy=share(int(again.right.sum()), n),
+            queries=mean_of([float(q) for q in main.queries], "queries", "higher"),
+            similarity=mean_of(alike, "1") if alike else exact(1.0, "1"),
+        )
