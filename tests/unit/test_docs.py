@@ -46,7 +46,7 @@ def test_generated_pages_are_up_to_date() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [TOP / "README.md", *(TOP / "docs").glob("*.md")]:
+    for page in [TOP / "README.md", *(TOP / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

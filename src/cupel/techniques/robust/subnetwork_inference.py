@@ -186,9 +186,7 @@ class _Maker:
             able &= self.last()
         rows = able.nonzero().flatten()
         if not len(rows):
-            raise PlanError(
-                "a network for subnetwork-inference must have a weight to choose; it has none. Leave it out."
-            )
+            raise PlanError(NO_WEIGHT)
         if self.p.choice == "variance":
             rows = rows[diagonal[rows].argsort(stable=True)][: self.p.size]
         elif self.p.choice == "random":
