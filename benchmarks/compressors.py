@@ -129,21 +129,35 @@ def as_way(subject: Subject, name: str, setting: str, model: nn.Module) -> Way:
 
 
 def torch_pruning(subject: Subject, begun: nn.Module, macs: float, budget: Budget) -> nn.Module:
-    """The group-norm pruner, raised step by step until the operations are those asked for, then trained on."""
+    """The group-norm pruner, raised step by step until the operations are those asked for, then trained on.
+
+    It does not follow shortcuts that are padded with zeros. A residual network whose cut does not run is cut again
+    inside its blocks alone, where no shortcut reaches.
+    """
+    head = subject.anatomy.head
+    try:
+        return trained(subject, [], budget, group_norm_cut(subject, begun, macs, {head}))
+    except RuntimeError as error:
+        print(f"  torch-pruning: {str(error).splitlines()[0]}; inside the blocks alone", flush=True)
+        outside = {n for n, m in begun.named_modules() if isinstance(m, nn.Conv2d) and not n.endswith("conv1")}
+        return trained(subject, [], budget, group_norm_cut(subject, begun, macs, outside | {head}))
+
+
+def group_norm_cut(subject: Subject, begun: nn.Module, macs: float, whole: set[str]) -> nn.Module:
+    """`begun` cut to `macs`, but for the layers `whole`."""
     import torch_pruning as tp
 
     model = copy.deepcopy(begun)
     inputs = subject.data.test.inputs[:2]
-    head = model.get_submodule(subject.anatomy.head)
     pruner = tp.pruner.GroupNormPruner(
         model, inputs, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.95,
-        iterative_steps=60, ignored_layers=[head],
+        iterative_steps=60, ignored_layers=[model.get_submodule(n) for n in whole],
     )  # fmt: skip
     for _ in range(60):
         pruner.step()
         if sum(ledger_of(model.eval(), inputs[:1]).macs().values()) <= macs:
             break
-    return trained(subject, [], budget, model)
+    return model
 
 
 def onnx_int8(subject: Subject, dense: nn.Module, folder: Path) -> Way:
