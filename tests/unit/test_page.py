@@ -25,7 +25,9 @@ from cupel.report.words import label, number, rows_of, spread, variants_of
 from cupel.testing.cards import large_card
 
 EVIL = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">&amp;"\'<b>'
-KINDS = {"confusion", "reliability", "lines", "dots", "heat", "images", "records", "facts", "listing", "pathways", "none"}
+KINDS = {
+    "confusion", "reliability", "lines", "dots", "heat", "images", "records", "facts", "listing", "pathways", "none",
+}  # fmt: skip
 
 
 def cells(*values: float, unit: str = "share", better: str = "higher") -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _aimed(
     draw: torch.Generator,
     tally: Tally | None,
 ) -> tuple[Tensor, Tensor]:
-    """Where `rows` `[R]` end for each of `goals` `[R, T]`, `[R, T, ...]`, and gaps left, `[R, T]`, -inf where fooled."""
+    """Where `rows` `[R]` end for each of `goals` `[R, T]`: `[R, T, ...]`; and gaps left `[R, T]`, -inf where fooled."""
     count = goals.shape[1]
     which, ends, gaps = rows.repeat_interleave(count), [], []
     begin = None if start is None else start.flatten(0, 1)

@@ -112,7 +112,8 @@ def _gap_words(row: Mapping[str, Any]) -> str:
 
 def study_page(name: str, study: Mapping[str, Any]) -> str:
     """One study: every variant on every axis, and what differs from the first beyond its interval."""
-    base, axes = study["base"], list(AXES.items())
+    base, everything = study["base"], [v["rows"] for v in study["variants"].values()]
+    axes = [(axis, said) for axis, said in AXES.items() if any("/".join(axis) in rows for rows in everything)]
     lines = [
         f"# Study: {name}",
         "",
