@@ -36,7 +36,12 @@ CLAIM = Claim(
     },
     seeds=(0, 1, 2),
     quick_seeds=1,
-    explains="",
+    explains="Only the first bound is missed, by a quarter of a point: the policy leaves 0.274, the best single "
+    "attacker of its budget 0.272, all attackers together 0.270. That rival is the best of 15, chosen on the "
+    "very test inputs, and policies found have one or two links: on this network auto-step PGD on the margin "
+    "alone does what any chain does, with 0.09 of the union's gradients. The first generation holds every "
+    "gradient attacker alone, which was added after a search from random genes had left 0.37 where a single "
+    "one left 0.32.",
 )
 RANDOM = 8  # random policies
 

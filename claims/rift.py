@@ -42,10 +42,12 @@ CLAIM = Claim(
     },
     seeds=(0, 1, 2),
     quick_seeds=1,
-    explains="A second run: in the first (18 epochs of adversarial training, five seeds) robust accuracy was 0.437 and "
-    "all seeds stayed at a = 0. All the way, the first convolution (criticality 0.14) won 0.2 points of clean accuracy "
-    "for 2.2 robust ones, the most critical module (2.70) 0.9 for 1.8; the two costs cannot be told apart, their "
-    "difference is -0.4 points, 95% between -3.4 and 2.6.",
+    explains="A second run, after a first of 18 epochs and five seeds in which all stayed at a = 0. Now a is 0.27 on "
+    "average and wins nothing on the test split (0.0 points of clean accuracy) for 0.5 robust points. The "
+    "ordering is there: criticality spans 20 times, the first convolution is the least critical with every "
+    "seed, and all the way it costs 1.3 robust points where the most critical module costs 3.1. But the "
+    "network starts at 0.975 of clean accuracy, which leaves 3 of 100 images to win, and what one small "
+    "convolution wins on the validation split is chance.",
 )
 EPS = 0.2
 

@@ -25,7 +25,7 @@ PHASES: Mapping[str, tuple[str, ...]] = {  # a star marks a phase that at most o
     "loss": ("term", "weight"),
     "grads": ("make*", "compress*", "mask", "clip"),
     "stepped": ("project", "quantize*", "mask"),
-    "seal": ("bake", "shrink", "convert"),
+    "seal": ("bake", "shrink", "convert", "wrap"),
 }
 MARKS = ("start", "epoch", "end")  # slots without phases: list order
 

@@ -89,7 +89,7 @@ def graph_of(net: nn.Module, flow: Flow, kept: Kept, pool: Tensor, bounds: tuple
         c = label - layer.first
         top = [int(by[i][c]) for by in kept.top]
         values = (
-            i, c, ways.group_of(bool(top[0]), bool(top[1])), [_short(by[i][c]) for by in kept.scores], top,
+            i, c, ways.group_of(bool(top[0]), bool(top[1])), [_short(float(by[i][c])) for by in kept.scores], top,
             [int(s[c]) for s in shifts[i]], patches_of(layer, maps[i], c, pool.shape[2:], 3),
         )  # fmt: skip
         for column, value in zip(columns.values(), values, strict=True):
@@ -104,10 +104,10 @@ def graph_of(net: nn.Module, flow: Flow, kept: Kept, pool: Tensor, bounds: tuple
         "edges": {
             "source": [number[s] for s in kept.edges.source.tolist()],
             "into": [number[s] for s in kept.edges.into.tolist()],
-            "influence": [[_short(v) for v in row] for row in kept.weight.T],
+            "influence": [[_short(v) for v in row] for row in kept.weight.T.tolist()],
             "path": kept.paths.T.long().tolist(),
         },
-        "images": packed(pool[used], *bounds),
+        "images": packed(pool.cpu()[used], *bounds),
     }
 
 
@@ -115,5 +115,5 @@ def _shift(attacked: Tensor, benign: Tensor) -> Tensor:
     return ways.shifted(attacked, benign, min(MOST, math.ceil(0.25 * len(benign))))
 
 
-def _short(value: Tensor) -> float:
-    return float(f"{float(value):.4g}")
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

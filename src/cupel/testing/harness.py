@@ -49,8 +49,9 @@ def _given_by(workload: str) -> frozenset[str]:
 
 
 def given_for(entry: Entry, workload: Entry) -> dict[str, GivenRun]:
-    """A network for every artefact that a method reads."""
-    return {name: GivenRun(tiny(workload), [FitStep(ONE_EPOCH)]) for name in entry.card().reads}
+    """A network for every artefact that a method reads and the workload does not bring."""
+    wanted = [name for name in entry.card().reads if name not in workload.card().writes]
+    return {name: GivenRun(tiny(workload), [FitStep(ONE_EPOCH)]) for name in wanted}
 
 
 def steps_with(entry: Entry, method: Any) -> list[Step]:

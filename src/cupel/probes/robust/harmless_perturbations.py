@@ -124,10 +124,13 @@ class HarmlessPerturbations:
         quiet = seen.harmless(moved.cpu()).to(x.device)
         energy = float(quiet.square().sum() / moved.square().sum().clamp_min(1e-300))
         changes = self._changes(seen, x.shape, ctx)
-        with still(copy.deepcopy(subject.model).double()) as exactly, torch.no_grad():
-            plain = exactly(x.double())
-            seen_as = {n: exactly(x.double() + d.to(x.device)) for n, d in changes.items()}
-            left = exactly(x.double() + moved - quiet)
+        # Double precision, which some devices lack, is the CPU's.
+        with still(copy.deepcopy(subject.model).cpu().double()) as exactly, torch.no_grad():
+            there = x.cpu().double()
+            plain = exactly(there)
+            seen_as = {n: exactly(there + d.cpu()) for n, d in changes.items()}
+            left = exactly(there + (moved - quiet).cpu())
+        y = y.cpu()
         n, d = len(y), len(seen.values)
         hits = {name: share(int((out.argmax(1) == y).sum()), n) for name, out in seen_as.items()}
         least = float(seen.values[seen.rank - 1]) if seen.rank else 0.0

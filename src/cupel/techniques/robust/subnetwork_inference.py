@@ -124,7 +124,7 @@ class SubnetworkInference:
     samples: int = param(0, "logits drawn for a prediction; 0: the probit formula", ge=0)
     examples: int = param(0, "training examples for the curvature, scaled up to all (0: all)", ge=0)
 
-    @phase("convert")
+    @phase("wrap")
     def seal(self, model: nn.Module, ctx: Context) -> nn.Module:
         if ctx.train is None or not len(ctx.train.train) or not len(ctx.train.valid):
             raise PlanError(
