@@ -23,12 +23,13 @@ class TextCNN(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, dim, padding_idx=0)
         self.convs = nn.ModuleList(nn.Conv1d(dim, hidden, w, padding=w - 1) for w in widths)
+        self.relu = nn.ReLU()
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(hidden * len(widths), classes)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.embed(x).transpose(1, 2)  # [B, D, T]
-        peaks = [conv(z).amax(2).relu() for conv in self.convs]
+        peaks = [self.relu(conv(z).amax(2)) for conv in self.convs]
         logits: Tensor = self.head(self.drop(torch.cat(peaks, 1)))
         return logits
 

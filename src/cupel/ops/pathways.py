@@ -207,6 +207,8 @@ def _together(joined: Sequence[_Pairs], found: Sequence[Sequence[Tensor]]) -> Ed
     if not used:
         none = torch.zeros(0, dtype=torch.long)
         return Edges(none, none, torch.zeros(0, 0))
+    if len({sum(len(part) for part in found[at]) for at in used}) > 1:
+        raise ValueError("layers must see each input once in a forward; some see others. Measure the network inside.")
     ends = torch.stack([torch.cat([joined[at].source for at in used]), torch.cat([joined[at].into for at in used])])
     values = torch.cat([torch.cat(list(found[at])) for at in used], dim=1).cpu()
     pairs, number = ends.unique(dim=1, return_inverse=True)

@@ -101,6 +101,8 @@ class Noise:
 
     def copies(self, x: Tensor, row: int, part: str, first: int, count: int) -> Iterator[Tensor]:
         """Noisy copies number `first` to `count` of one input `x` `[...]`, in pieces of at most `BLOCK`."""
+        if first >= count:
+            return
         for block in range(first // BLOCK, -(-count // BLOCK)):
             draws = torch.randn(BLOCK, *x.shape, generator=self.generator(f"{part}-{row}-{block}"))
             low, high = max(first - block * BLOCK, 0), min(count - block * BLOCK, BLOCK)

@@ -154,7 +154,8 @@ class ArabicSynonym:
     corpus: int = param(8000, "most training texts that the language model reads (0: all)", ge=0)
 
     def measure(self, subject: Subject, ctx: Context) -> Readings:
-        lexicon, train = ctx.shelf.get(LEXICON), subject.data.train
+        lexicon = ctx.shelf.get(LEXICON) if LEXICON in ctx.shelf else None
+        train = subject.data.train
         judged_classes(subject, "arabic-synonym")
         if not isinstance(lexicon, Lexicon) or not isinstance(train, Examples):
             raise NotApplicable("arabic-synonym must have texts as training examples; got others. Use it on texts.")

@@ -167,8 +167,11 @@ class CAA:
                     f"{error}. Attackers are {', '.join(PEOPLE[:-1])}. Correct the word."
                 ) from error
         else:
-            split = "valid" if len(subject.data.valid) else "train"
-            data = getattr(subject.data, split)
+            data = getattr(subject.data, split := "valid" if len(subject.data.valid) else "train")
+            if not len(data):
+                raise NotApplicable(
+                    "caa must have examples beside the test split to search on; got none. Give a policy."
+                )
             inputs, classes = torch.cat([b.inputs for b in data.batches(500)]), classes_of(data, "caa", split)
             x, y = self._taken(inputs, classes, self.search_examples, ctx)
             return searched(self, replace(arena, x=x, y=y), self._names(x), ctx)

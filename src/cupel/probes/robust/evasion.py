@@ -190,7 +190,8 @@ class _Bench:
         if self.random:
             notes.append(f"the network answers at random: every answer is the mean log-probability of {DRAWS} draws")
         if "targets" in found:
-            notes.append("what stood met auto-step PGD of 100 steps on three losses, nine targets, 5,000 queries")
+            long = f" and {QUERIES} queries" if "square-long" in found else ""
+            notes.append(f"what stood met {LONG} auto-steps towards nine targets, a restart{long}")
         notes += [f"sign of masked gradients: {words}" for words in shown]
         if shown:
             notes.append("with masked gradients the robust accuracy is an upper bound that other attacks may lower")

@@ -94,6 +94,8 @@ class ForgeryCounterfactual:
         out, y = judged_classes(subject, "forgery-counterfactual")
         x, _ = labelled_inputs(subject, "forgery-counterfactual")
         parts = list(subject.data.train.batches(500))
+        if not parts:
+            raise NotApplicable("forgery-counterfactual must have training images; there are none. Give them.")
         seen = Examples(*(torch.cat([getattr(b, k) for b in parts]) for k in ("inputs", "targets", "index")))
         if out.shape[1] != 2 or min(int((t == k).sum()) for t in (y, seen.targets) for k in (REAL, FAKE)) < 2:
             raise NotApplicable(

@@ -18,6 +18,7 @@ from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.shelf import SOFT_TARGETS
 from cupel.core.slots import phase
 from cupel.core.types import Batch, Budget, Examples, Task, TrainView, outputs_on
+from cupel.ops.redraw import redraw
 from cupel.ops.task_rows import tasks_of
 
 CARD = Card(
@@ -171,12 +172,11 @@ def teacher_like(p: MTDNNKD, k: int, model: nn.Module, ctx: Context) -> nn.Modul
     """An untrained copy of `model` with the k-th dropout and, if fresh, first weights of its own."""
     net = copy.deepcopy(model)
     with ctx.scope(f"teacher-{k}/init"):
-        for module in reversed(list(net.modules())):  # parts before the whole, which may know better
-            if isinstance(module, nn.Dropout) and p.dropout:
-                module.p = float(p.dropout[k % len(p.dropout)])
-            redraw = getattr(module, "reset_parameters", None)
-            if p.fresh and callable(redraw):
-                redraw()
+        if p.fresh:
+            redraw(net)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout) and p.dropout:
+            module.p = float(p.dropout[k % len(p.dropout)])
     return net
 
 

@@ -15,6 +15,7 @@ from cupel.core.params import param
 from cupel.core.protocols import Card, Hook, Moment
 from cupel.core.slots import phase
 from cupel.core.types import Batch, Subject
+from cupel.ops.redraw import redraw
 
 CARD = Card(
     name="jacobian-ensembles",
@@ -123,10 +124,7 @@ def fresh_like(model: nn.Module, ctx: Context) -> nn.Module:
     """A copy of `model` with first weights of its own."""
     net = copy.deepcopy(model)
     with ctx.scope("init"):
-        for module in reversed(list(net.modules())):  # parts before the whole, which may know better
-            redraw = getattr(module, "reset_parameters", None)
-            if callable(redraw):
-                redraw()
+        redraw(net)
     return net
 
 
