@@ -193,6 +193,8 @@ def test_the_keyboard_reaches_every_channel(opened: Any) -> None:
     panel.get_by_text("Pathway only").click()
     graph = panel.locator("canvas.graph")
     graph.focus()
+    page.mouse.move(0, 0)  # or what lies under the pointer after scrolling answers it too
+    page.wait_for_timeout(300)
     page.keyboard.press("ArrowLeft")
     said = panel.locator("[role=status]")
     assert said.inner_text().startswith("head, class 5")

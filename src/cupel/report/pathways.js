@@ -110,7 +110,7 @@
 
     const draw = (width) => {
       graph = cupel.graph({ columns: layers.map(([word]) => word), nodes, edges: links, look, tell, choose, kept: state.kept,
-        label: `Channels and connections of ${name}. Arrow keys go from channel to channel, Enter kebrief one, plus and minus zoom, 0 fits, Shift with an arrow moves a channel` }, Math.floor(width));
+        label: `Channels and connections of ${name}. Arrow keys go from channel to channel, Enter keeps one, plus and minus zoom, 0 fits, Shift with an arrow moves a channel` }, Math.floor(width));
       if (state.chosen >= 0) graph.select(rank.get(state.chosen));
       return el("div", { class: "graph-box" }, graph.node, card);
     };

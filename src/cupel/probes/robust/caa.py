@@ -121,9 +121,7 @@ class CAA:
 
     Departs: the policy must keep to `budget`; the first generation holds every gradient attacker alone; a forward
     counts as half a gradient, or attacks by scores would be free; later links begin exactly where the last ended,
-    without a random start; nine targets cost 4.8 gradients a step; momentum steps have a fixed length; frost and snow
-    fill the pool of 32; the default pool is eight gradient attackers (ten for l2) and four kinds of damage. A network
-    that draws at random is judged by its mean log-probabilities over 20 draws.
+    without a random start; momentum steps have a fixed length; frost and snow fill the pool of 32.
 
     Example:
         >>> CAA(policy=("multi-target:1:50", "cw-linf:1:125")).links
