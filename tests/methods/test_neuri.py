@@ -223,3 +223,25 @@ def test_same_seed_same_rules() -> None:
     job = InduceJob({"outer": torch.outer}, lambda: torch.outer(t(2), t(5)))
     texts = [str(NeuRI().run(job, CTX).rules[0]) for _ in range(2)]
     assert texts[0] == texts[1] == "outer(f1, f1) = [a0_0, a1_0] if always"
+
+
+def test_variants_hold_numbers_at_zero_and_below_and_end_after_enough_that_worked() -> None:
+    instance = instance_of(torch.narrow, ((t(6, 4), 0, 1, 2), {}))
+    base = instance.rows[0]
+    samples = augmented(instance, Random(0))
+    alone: dict[int, set[int]] = {}
+    for row in (*samples.passed, *samples.failed):
+        apart = [k for k, (a, b) in enumerate(zip(row, base, strict=True)) if a != b]
+        if len(apart) == 1:
+            alone.setdefault(apart[0], set()).add(row[apart[0]])
+    assert sum({0, -2} <= values for values in alone.values()) == 2  # start and length, not the sizes
+    few = augmented(instance, Random(0), passes=3)
+    assert len(few.passed) == 3 and few.failed
+
+
+def test_recorded_calls_are_put_behind_tensors_and_before_them(learned) -> None:
+    one = next(r for r in learned.pools.recorded if len(r.inputs) == 2)
+    square = replace(one, inputs=(replace(one.output, shape=(3, 3)),) * 2, output=replace(one.output, shape=(3, 3)))
+    pools = replace(learned.pools, recorded=(square,), inferred=(), written=())
+    calls = [c for seed in range(6) for c in grown_hybrid(pools, Growth(nodes=3), seed).calls]
+    assert {c.output > max(c.inputs) for c in calls} == {True, False}  # tensors are numbered as they come

@@ -299,3 +299,9 @@ def test_says_when_it_does_not_apply() -> None:
         QuScore().measure(replace(subject.with_model(net), data=replace(subject.data, test=flat)), ctx)
     with pytest.raises(NotApplicable, match="recipe to run again"):
         QuScore().measure(subject, Context())
+
+
+def test_a_target_is_refused_and_not_ignored() -> None:
+    x, y = torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="no target"):
+        microbial(lambda z: z, x, y, Threat(targeted=True), seeded(0, "m"))

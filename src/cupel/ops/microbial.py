@@ -74,6 +74,8 @@ def microbial(
 
     Departs: inputs advance side by side, each with its own pool; an `l2` ball is met by shorter signs.
     """
+    if threat.targeted:
+        raise ValueError("the microbial attack must have no target: it only raises the loss. Use an untargeted threat.")
     bits = seeds(x, y, threat, draw).clone()  # [P, N, ...]
     population = len(bits)
     fitness = torch.full(bits.shape[:2], -torch.inf, dtype=x.dtype, device=x.device)
