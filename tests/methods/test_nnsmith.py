@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from cupel.core.context import Context
 from cupel.core.errors import PlanError
@@ -140,6 +141,18 @@ def test_search_moves_weights_and_stops_at_what_has_no_solution() -> None:
     hopeless = chain("sigmoid", "log", "log")  # log of a number below 1 is negative
     end = finite_inputs(module_of(hopeless), start_of(hopeless, 0), torch.Generator().manual_seed(0), 25)
     assert not end.finite and end.forwards == 25
+
+
+def test_running_figures_of_a_norm_have_no_slope() -> None:
+    class Logged(nn.Module):
+        def forward(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+            return torch.log(x) + functional.batch_norm(x, mean, var).square()
+
+    net, start = fx.symbolic_trace(Logged()), (-torch.rand(4, 2), torch.zeros(2), torch.ones(2))
+    found = finite_inputs(net, start, torch.Generator().manual_seed(0), 80)
+    assert found.finite and bool(net(*found.inputs).isfinite().all())
+    later = fx.symbolic_trace(lambda x, mean, var: torch.log(functional.batch_norm(x, mean, var)))
+    assert finite_inputs(later, start, torch.Generator().manual_seed(0), 2).forwards == 2
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,22 @@ def test_a_forward_that_cannot_be_batched() -> None:
     assert torch.allclose(input_jacobians(net, x[:1])[0], torch.autograd.functional.jacobian(net, x[:1])[0, :, 0])
 
 
+def test_a_scalar_parameter_has_slopes_too() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    net, x = Scaled(), torch.randn(5, 3)
+    ((_, slopes),) = parameter_jacobians(net, x, Numbering.of(net))
+    assert torch.equal(slopes, x[:, :, None])
+    ((_, chosen),) = parameter_jacobians(net, x, Numbering.of(net), torch.tensor([0]))
+    assert torch.equal(chosen, slopes)
+
+
 def test_numbers_run_through_the_trained_parameters() -> None:
     net = mlp()
     net[0].bias.requires_grad_(False)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from cupel.core.descend import descend
 
@@ -221,7 +222,13 @@ class _Strict(fx.Interpreter):
             return args[0] + (target(args[0]) - args[0]).detach()
         if target in (torch.relu, torch.clamp):
             return _sloped(lambda x: target(x, *args[1:], **kwargs), args[0])
-        return super().call_function(target, args, kwargs)
+        try:
+            return super().call_function(target, args, kwargs)
+        except RuntimeError as fault:
+            if "not differentiable" not in str(fault):
+                raise
+            # batch norm has no slope in its running figures: they stay where they are, and all else there with them
+            return super().call_function(target, *tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
 
 
 def _sloped(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

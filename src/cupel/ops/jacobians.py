@@ -85,7 +85,8 @@ def parameter_jacobians(
     for low in range(0, count, rows):
         part = _rows(inputs, low, low + rows)
         found = _by_name(model, params, part)  # name -> [b, K, *shape]
-        flat = [j.flatten(2) if at is None else j.flatten(2)[:, :, at] for j, at in _paired(found, where)]
+        flat = [found[name].reshape(*found[name].shape[:2], -1) for name in where]  # of a scalar too
+        flat = [j if at is None else j[:, :, at] for j, at in zip(flat, where.values(), strict=True)]
         yield model(part), torch.cat(flat, dim=2)
 
 
@@ -110,10 +111,6 @@ def input_jacobians(model: nn.Module, x: Tensor) -> Tensor:
 
 def _rows(inputs: Any, low: int, high: int) -> Any:
     return tree_map(lambda t: t[low:high], inputs)
-
-
-def _paired(found: Mapping[str, Tensor], where: Mapping[str, Tensor | None]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    return ((found[name], at) for name, at in where.items())
 
 
 def _by_name(model: nn.Module, params: dict[str, Tensor], inputs: Any) -> Mapping[str, Tensor]:
