@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from cupel.core.context import Context
 from cupel.core.errors import NotApplicable
 from cupel.core.shelf import ORIGINAL, TEACHER, Shelf
-from cupel.core.steps import FitStep, apply, build
+from cupel.core.steps import ApplyStep, FitStep, apply, build
 from cupel.core.tasks import Classification
 from cupel.core.types import Examples, Splits, Subject
 from cupel.probes.quality.fidelity import Fidelity, divergences, flips
 from cupel.runner.bench import GivenRun, prepare
+from cupel.techniques.compress.dqa import DQA
+from cupel.techniques.compress.greenformer import Greenformer
 from cupel.techniques.compress.int8_ptq import Int8PTQ
+from cupel.testing.harness import same_bits, state
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 
 torch.set_num_threads(1)
@@ -106,6 +109,18 @@ def test_a_recipe_gives_the_reference() -> None:
     given = {"original": GivenRun(DigitsCnn(width=4, examples=96), [FitStep({"epochs": 1})])}
     subject, ctx = prepare(DigitsCnn(width=4, examples=96), [FitStep({"epochs": 1})], given=given)
     assert "'original'" in Fidelity().measure(subject, ctx).notes[0]
+
+
+def test_what_a_fit_left_is_the_reference_of_what_is_done_to_it() -> None:
+    work, fit = DigitsCnn(width=4, examples=96), FitStep({"epochs": 1})
+    plain, ctx = prepare(work, [fit])
+    with pytest.raises(NotApplicable, match="original: "):  # nothing was done to it
+        Fidelity().measure(plain, ctx)
+    small, ctx = prepare(work, [fit, ApplyStep("low-rank", Greenformer(rank=0.25)), ApplyStep("dqa", DQA(bits=3))])
+    assert same_bits(state(small.shelf.get(ORIGINAL)), state(plain.model))  # not what the first one left
+    assert "'original'" in Fidelity().measure(small, ctx).notes[0]
+    untrained, _ = prepare(work, [ApplyStep("greenformer", Greenformer()), fit])
+    assert ORIGINAL not in untrained.shelf
 
 
 def test_a_teacher_serves_where_no_original_is() -> None:

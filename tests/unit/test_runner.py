@@ -22,6 +22,7 @@ from cupel.testing.harness import same_bits, state
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 
 SMALL = {"digits-cnn": {"width": 4, "examples": 96}}
+INT8 = [{"fit": {"epochs": 1}}, {"apply": "int8-ptq"}]
 VARIANTS: dict[str, Any] = {
     "plain": [{"fit": {"epochs": 1}}],
     "longer": [{"fit": {"epochs": 1}}, {"fit": {"epochs": 1}}],
@@ -53,11 +54,15 @@ def test_shared_beginnings_are_trained_once() -> None:
 def test_same_bits_for_any_number_of_processes() -> None:
     parts: dict[str, Any] = {
         "workload": SMALL,
-        "variants": VARIANTS,
+        "variants": VARIANTS | {"int8": INT8},
         "seeds": [0, 1],
-        "probes": ["accuracy", "calibration"],
+        "probes": ["accuracy", "calibration", "fidelity"],
     }
-    assert stripped(run(jobs=1, **parts)) == stripped(run(jobs=2, **parts))
+    told = run(jobs=1, **parts)
+    assert stripped(told) == stripped(run(jobs=2, **parts))
+    notes = {v: told["variants"][v]["probes"]["fidelity"]["notes"] for v in ("plain", "int8", "longer")}
+    assert "'original'" in str(notes["int8"]) and "'original'" in str(notes["longer"])
+    assert "not applicable" in str(notes["plain"])
 
 
 def test_run_folder_holds_what_is_promised(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from cupel.core.fit import Named, run_fit
 from cupel.core.naming import step_names
 from cupel.core.params import check
 from cupel.core.protocols import FORMS, applies, card_of
-from cupel.core.shelf import Shelf
+from cupel.core.shelf import ORIGINAL, Shelf
 from cupel.core.types import Subject
 
 
@@ -48,8 +49,15 @@ def context_for(label: str, method: object, ctx: Context) -> Context:
     return ctx.child(label, shelf=shelf)
 
 
-def run_step(subject: Subject, name: str, step: Step, ctx: Context) -> Subject:
-    """The subject after one step. The network may be changed in place; data and task never are."""
+def run_step(subject: Subject, name: str, step: Step, ctx: Context, *, trained: bool = False) -> Subject:
+    """The subject after one step. The network may be changed in place; data and task never are.
+
+    Args:
+        trained: an earlier step was a fit: the network as it is now is kept on the shelf as `original`, the one that
+            what is changed afterwards is compared with, unless there is one.
+    """
+    if trained and ORIGINAL not in ctx.shelf:
+        replace(ctx.shelf, maker="the fit").put(ORIGINAL, copy.deepcopy(subject.model))
     here = ctx.child(name, train=subject.data.view(), task=subject.task, bounds=subject.bounds)
     if isinstance(step, FitStep):
         budget = replace(subject.budget, **step.budget)
@@ -79,9 +87,16 @@ def _applied(subject: Subject, step: ApplyStep, own: Context) -> torch.nn.Module
 
 
 def run_steps(subject: Subject, steps: Sequence[Step], ctx: Context) -> Subject:
-    for name, step in zip(step_names([label_of(s) for s in steps]), steps, strict=True):
-        subject = run_step(subject, name, step, ctx)
+    for name, (step, trained) in in_order(steps).items():
+        subject = run_step(subject, name, step, ctx, trained=trained)
     return subject
+
+
+def in_order(steps: Sequence[Step]) -> dict[str, tuple[Step, bool]]:
+    """Unique name -> step, and whether a fit comes before it."""
+    names = step_names([label_of(s) for s in steps])
+    before = [any(isinstance(s, FitStep) for s in steps[:k]) for k in range(len(steps))]
+    return dict(zip(names, zip(steps, before, strict=True), strict=True))
 
 
 def build(workload: Any, ctx: Context) -> Subject:
@@ -100,8 +115,6 @@ def apply(method: Any, subject: Subject, *, seed: int = 0) -> Subject:
 
     Returns the subject with the changed network; `subject` itself keeps its own.
     """
-    import copy
-
     check(method)
     label = type(method).__name__.lower()
     shelf = subject.shelf or Shelf(subject.data.fingerprint)

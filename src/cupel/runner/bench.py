@@ -15,7 +15,7 @@ from cupel.core.context import Context, DataChange, ModelChange
 from cupel.core.errors import CupelError, NotApplicable
 from cupel.core.params import check
 from cupel.core.shelf import ORIGINAL, TEACHER, Entry, Key, Shelf
-from cupel.core.steps import ApplyStep, FitStep, Step, build, run_step, run_steps
+from cupel.core.steps import ApplyStep, FitStep, Step, build, in_order, run_step, run_steps
 from cupel.core.types import Subject, TrainView, digest
 from cupel.runner.recipe import GivenSpec, Ref, StepSpec
 
@@ -86,10 +86,11 @@ class Bench:
         assert other.shelf is not None
         return run_steps(other, spec.steps, replace(ctx, path=(f"given-{name}",), shelf=other.shelf))
 
-    def step(self, subject: Subject, name: str, step: Step) -> Subject:
-        """One step of this bench's list."""
+    def step(self, subject: Subject, name: str) -> Subject:
+        """The step of that name in this bench's list."""
         assert subject.shelf is not None
-        return run_step(subject, name, step, self.context(subject.shelf))
+        step, trained = in_order(self.steps)[name]
+        return run_step(subject, name, step, self.context(subject.shelf), trained=trained)
 
     def fork(self, data: DataChange | None, model: ModelChange | None, seed: int | None) -> Subject:
         """Run all steps again with one change; equal changes are computed once.

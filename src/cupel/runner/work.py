@@ -37,7 +37,7 @@ class Made:
 
 def do_node(recipe: Recipe, node: Node, parent: bytes, device: str, keep: bool) -> Made:
     """Build a fresh subject, or run one step on what the parent made."""
-    from cupel.runner.bench import frozen, parts_of, step_of, thawed
+    from cupel.runner.bench import frozen, parts_of, thawed
     from cupel.runner.keep import plain_node
 
     with one_thread():
@@ -48,7 +48,7 @@ def do_node(recipe: Recipe, node: Node, parent: bytes, device: str, keep: bool) 
                 subject = bench.start()
             else:
                 subject = thawed(_bare(bench), parent)
-                subject = bench.step(subject, node.name, step_of(node.step, method_of))
+                subject = bench.step(subject, node.name)
             parts = parts_of(subject)
             return Made(frozen(parts), log, plain=plain_node(parts, log) if keep else b"")
         except Exception as error:  # a method, or the user's own module, may raise anything
