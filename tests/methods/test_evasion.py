@@ -17,7 +17,8 @@ from cupel.core.scorecard import Readings
 from cupel.core.steps import build
 from cupel.core.types import Subject
 from cupel.ops.labelled import evenly
-from cupel.ops.masking import beats, has_gradients, signs_of, zero_gradients
+from cupel.ops.masking import Sign, beats, has_gradients, signs_of, zero_gradients
+from cupel.ops.square import square
 from cupel.probes.robust.evasion import Evasion
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 
@@ -195,6 +196,26 @@ def test_thorough_goes_on_with_what_stands_and_never_helps_the_defender(monkeypa
     monkeypatch.setattr("cupel.probes.robust.evasion.QUERIES", 60)
     masked = found.measure(plain().with_model(Staircase(plain().model)), Context())
     assert any("60 queries" in note for note in masked.notes)
+
+
+def test_inputs_without_a_gradient_are_asked_for_scores_and_others_only_if_more_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cupel.probes.robust.evasion.QUERIES", 9)
+    monkeypatch.setattr("cupel.probes.robust.evasion.LONG", 2)
+    subject, some = plain(), torch.arange(20) % 4 == 0
+    x = subject.data.test.inputs[:20]
+    assert subject.bounds is not None
+    bench = replace(PROBE, steps=1, eps=1e-4)._bench(
+        subject.bounds, subject.model, subject.model, x, subject.model(x).argmax(1), Context()
+    )
+    first, other, none = Sign(True, ""), [*[Sign(False, "")] * 3, Sign(True, "")], [Sign(False, "")] * 4
+    begun = {"square": bench.run("square", square, steps=1)}
+    for signs, asked in (([first, *none], some), ([first, *other], some | True), ([Sign(False, ""), *none], None)):
+        found = bench.further(begun, signs, some)
+        assert ("square-long" in found) == (asked is not None)
+        if asked is not None:
+            assert torch.equal(found["square-long"].tally.queries > 0, asked)
 
 
 def test_a_random_network_is_met_by_its_mean() -> None:

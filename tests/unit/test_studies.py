@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cupel.runner.run import run
+from cupel.storage.cards import read_scorecard
+from cupel.testing.further import further
 from cupel.testing.scatter import front, scatter
 from cupel.testing.studies import digest, pictures, study_page, techniques_of, trust_lines
 
@@ -106,3 +110,24 @@ def test_what_masks_its_gradients_is_crossed_out(card: dict[str, Any]) -> None:
     marks = list(root.iter("{http://www.w3.org/2000/svg}circle"))
     assert len(marks) == 2 and all(m.get("class") == "on" for m in marks)
     assert 'class="doubted"' not in drawn["small-leakage.svg"]
+
+
+def test_one_more_probe_on_a_finished_run_reads_what_the_run_would_have_read(tmp_path: Path) -> None:
+    small, one = {"digits-cnn": {"width": 4, "examples": 96}}, {"fit": {"epochs": 1}}
+    parts: dict[str, Any] = {
+        "workload": small,
+        "given": {"teacher": {"workload": small, "steps": [one]}},
+        "variants": {
+            "plain": [one],
+            "int8": [one, {"apply": "int8-ptq"}],
+            "lean": [{"fit": {"epochs": 1, "techniques": [{"pdp": {"sparsity": 0.5}}]}}],
+        },
+        "seeds": [0, 1],
+    }
+    whole = run(**parts, probes=["accuracy", {"irs": {"samples": 50, "examples": 8}}, "fidelity"])
+    run(**parts, probes=["accuracy", "fidelity"], out=tmp_path / "run")
+    told = further(tmp_path / "run", {"irs": {"samples": 50, "examples": 8}})
+    assert told == read_scorecard(tmp_path / "run") and "irs" in (tmp_path / "run" / "scorecard.html").read_text()
+    for variant, key in (("plain", "teacher"), ("int8", "original"), ("lean", "teacher")):
+        expected, found = (c["variants"][variant]["probes"]["irs"] for c in (whole, told))
+        assert found["readings"] == expected["readings"] and f"'{key}'" in str(found["notes"])

@@ -121,7 +121,7 @@ def assemble(plan: Plan, outcomes: Mapping[Leaf, Outcome], seconds: float, devic
     for name in plan.recipe.variants:
         mine = [outcomes[name, seed] for seed in plan.recipe.seeds if (name, seed) in outcomes]
         variants[name] = {
-            "probes": {ref.label: _cells([o.probes.get(ref.label) for o in mine]) for ref in plan.recipe.probes},
+            "probes": {ref.label: cells([o.probes.get(ref.label) for o in mine]) for ref in plan.recipe.probes},
             "curves": {str(o.seed): o.curve for o in mine},
             "artefacts": sorted({name for o in mine for name in o.artefacts}),
             "notes": {str(o.seed): o.notes for o in mine if o.notes},
@@ -152,7 +152,7 @@ def assemble(plan: Plan, outcomes: Mapping[Leaf, Outcome], seconds: float, devic
     return card
 
 
-def _cells(results: list[dict[str, Any] | None]) -> dict[str, Any]:
+def cells(results: list[dict[str, Any] | None]) -> dict[str, Any]:
     """One probe on one variant: readings joined over seeds."""
     there = [r for r in results if r]
     if not there:

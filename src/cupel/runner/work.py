@@ -68,7 +68,7 @@ def do_probes(
         found = {}
         for ref in refs:
             began, before = time.perf_counter(), bench.forks_made
-            found[ref.label] = _measure(ref, subject, bench)
+            found[ref.label] = measured(ref, subject, bench)
             found[ref.label] |= {"seconds": time.perf_counter() - began, "forks": bench.forks_made - before}
         return found
 
@@ -80,7 +80,7 @@ def _told(what: str, error: Exception) -> tuple[str, str]:
     return f"{what}: {type(error).__name__}: {error}", traceback.format_exc()
 
 
-def _measure(ref: Ref, subject: Any, bench: Any) -> dict[str, Any]:
+def measured(ref: Ref, subject: Any, bench: Any) -> dict[str, Any]:
     ctx = bench.context(subject.shelf, forks=True).child(f"probe-{ref.label}")
     try:
         probe = method_of("probe", ref)

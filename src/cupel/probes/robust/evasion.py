@@ -23,9 +23,10 @@ from cupel.ops.folding import folded
 from cupel.ops.labelled import labelled_inputs
 from cupel.ops.masking import Sign, has_gradients, signs_of, zero_gradients
 from cupel.ops.multi_target import multi_target
+from cupel.ops.panel import median_margin
 from cupel.ops.projections import size_of
 from cupel.ops.square import square
-from cupel.ops.threats import Attack, Model, Outcome, Tally, Threat, attacked, margin
+from cupel.ops.threats import Attack, Model, Outcome, Tally, Threat, attacked
 
 CARD = Card(
     name="evasion",
@@ -41,6 +42,7 @@ CARD = Card(
 )
 LONG, QUERIES = 100, 5000  # AutoAttack's steps of a run, and its queries
 DRAWS = 20  # forwards that answer for a network that draws at random
+PER_STEP = 4  # of them in one step of an attack: its many steps average the rest
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,11 @@ class Evasion:
 
     Departs: fewer steps and queries than AutoAttack by default, and no FAB; `thorough` goes on with the
     inputs that still stand, by 100 auto-steps towards each of nine targets, a restart, and, where a sign of
-    masking shows, 5,000 queries. Robust accuracies are upper bounds as everywhere. A network that draws at
-    random is attacked, and judged, by the mean of its log-probabilities over 20 draws. Inputs are spread
-    evenly over the test split instead of drawn, so that all models meet the same ones. Networks without
-    input gradients are attacked by Square alone, with four times the queries, and that absence counts as one
-    sign.
+    masking shows, 5,000 queries (where nothing shows but inputs without a gradient: those inputs alone).
+    Robust accuracies are upper bounds as everywhere. A network that draws at random is judged by the mean of
+    its log-probabilities over 20 draws, and attacked by that of 4 a step. Inputs are spread evenly over
+    the test split instead of drawn, so that all models meet the same ones. Networks without input gradients
+    are attacked by Square alone, with four times the queries, and that absence counts as one sign.
 
     Example:
         >>> Evasion(eps=0.2).norm
@@ -90,8 +92,8 @@ class Evasion:
         with still(subject.model) as model, ctx.scope("attacks"):
             if has_gradients(model, x[:2]):
                 bench = self._bench(bounds, model, folded(model, x[:16]), x, y, ctx)
-                found, signs = bench.white_box()
-                found |= bench.further(found, signs) if self.thorough else {}
+                found, signs, zero = bench.white_box()
+                found |= bench.further(found, signs, zero) if self.thorough else {}
             else:
                 bench = self._bench(bounds, model, model, x, y, ctx)
                 found = {"square": bench.run("square", square, steps=4 * self.queries)}
@@ -101,7 +103,7 @@ class Evasion:
     def _bench(self, bounds: Bounds, model: Model, quick: Model, x: Tensor, y: Tensor, ctx: Context) -> _Bench:
         if not is_random(model, x[:16]):
             return _Bench(self, bounds, model, quick, x, y, ctx, random=False)
-        return _Bench(self, bounds, expected(model, DRAWS), expected(quick, DRAWS), x, y, ctx, random=True)
+        return _Bench(self, bounds, expected(model, DRAWS), expected(quick, PER_STEP), x, y, ctx, random=True)
 
     def _inputs(self, subject: Subject, ctx: Context) -> tuple[Bounds, Tensor, Tensor]:
         if subject.bounds is None:
@@ -118,7 +120,7 @@ class _Bench:
     p: Evasion
     bounds: Bounds
     model: Model
-    quick: Model
+    quick: Model  # the same, and faster
     x: Tensor
     y: Tensor
     ctx: Context
@@ -137,17 +139,15 @@ class _Bench:
         whole.tally.add_at(rows.cpu(), part.tally)
         return whole
 
-    def white_box(self) -> tuple[dict[str, Outcome], list[Sign]]:
-        """Every attack of the ensemble by name, and the signs of masking."""
-        with torch.no_grad():
-            gap = margin(self.model(self.x), self.y)
-        scale = float(gap[gap > 0].median()) if bool((gap > 0).any()) else 1.0
+    def white_box(self) -> tuple[dict[str, Outcome], list[Sign], Tensor]:
+        """Every attack of the ensemble by name, the signs of masking, and which inputs have no gradient, `[N]`."""
+        cooled = partial(tempered, temperature=median_margin(self.model, self.x, self.y))
         side = self.bounds.high - self.bounds.low
         far = side if self.p.norm == "linf" else side * math.sqrt(self.x[0].numel())
         found = {
             "fgsm": self.run("fgsm", fgsm),
             "pgd": self.run("pgd", pgd),
-            "rescaled": self.run("rescaled", partial(pgd, loss=partial(tempered, temperature=max(scale, 1e-12)))),
+            "rescaled": self.run("rescaled", partial(pgd, loss=cooled)),
             "apgd": self.run("apgd", apgd),
             "apgd-dlr": self.run("apgd-dlr", partial(apgd, loss=logits_ratio)),
             "square": self.run("square", square, steps=self.p.queries),
@@ -157,17 +157,19 @@ class _Bench:
         zero = zero_gradients(self.quick, self.x, self.y) & found["pgd"].clean
         fooled = {name: outcome.fooled for name, outcome in found.items()}
         many = fooled["pgd"] | fooled["apgd"]  # all that many steps on the network's own loss can do
-        return found, signs_of(zero, fooled["fgsm"], many, fooled["square"], unbounded.fooled, fooled["rescaled"])
+        signs = signs_of(zero, fooled["fgsm"], many, fooled["square"], unbounded.fooled, fooled["rescaled"])
+        return found, signs, zero
 
-    def further(self, found: dict[str, Outcome], signs: list[Sign]) -> dict[str, Outcome]:
+    def further(self, found: dict[str, Outcome], signs: list[Sign], zero: Tensor) -> dict[str, Outcome]:
         """Longer attacks on what every attack before left standing."""
         more: dict[str, Outcome] = {}
         plans: list[tuple[str, Attack, int]] = [("targets", multi_target, LONG), ("restart", apgd, LONG)]
         if any(sign.shows for sign in signs):  # where gradients can be believed, scores alone find nothing more
             plans.append(("square-long", square, QUERIES))
+        blind = zero | any(sign.shows for sign in signs[1:])  # the first sign is of each input for itself
         for name, attack, steps in plans:
             fallen = torch.stack([self._within(outcome) for outcome in (found | more).values()]).any(0)
-            rows = (~fallen).nonzero().flatten()
+            rows = (~fallen & blind if name == "square-long" else ~fallen).nonzero().flatten()
             more[name] = self.run(name, attack, rows, steps=max(steps, self.p.steps))
         return more
 
@@ -188,7 +190,7 @@ class _Bench:
         notes = [f"{n} inputs, {self.p.norm} ball of radius {self.p.eps:g}"]
         notes.append(f"{gradients:.0f} gradients and {queries:.0f} further forwards per input")
         if self.random:
-            notes.append(f"the network answers at random: every answer is the mean log-probability of {DRAWS} draws")
+            notes.append(f"the network answers at random: judged by the mean log-probability of {DRAWS} draws")
         if "targets" in found:
             long = f" and {QUERIES} queries" if "square-long" in found else ""
             notes.append(f"what stood met {LONG} auto-steps towards nine targets, a restart{long}")
