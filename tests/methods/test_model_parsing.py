@@ -31,7 +31,7 @@ from cupel.ops.parsing import (
     traces,
 )
 from cupel.ops.threats import Threat
-from cupel.probes.robust.model_parsing import ModelParsing
+from cupel.probes.robust.model_parsing import ModelParsing, all_steps
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 
 torch.set_num_threads(1)
@@ -126,6 +126,16 @@ def test_traces_hold_the_fooled_inputs_alone_in_units_of_eps() -> None:
     sign = -(2 * y[expected] - 1)[:, None] * weight.sign()
     assert torch.allclose(found.delta.flatten(1), sign.float(), atol=1e-4)
     assert torch.allclose(found.moved, x[expected] + 0.2 * found.delta, atol=1e-5)
+
+
+def test_the_attack_takes_all_its_steps() -> None:
+    weight = torch.randn(16, generator=seeded(0, "w"))
+    x = torch.randn(50, 1, 4, 4, generator=seeded(0, "x"))
+    y = (x.flatten(1) @ weight > 0).long()
+    threat = Threat(eps=0.2, bounds=Bounds(-9, 9), steps=10)
+    moved = all_steps(Line(weight), x, y, threat, seeded(0, "d"))
+    sign = -(2 * y - 1)[:, None] * weight.sign()
+    assert torch.allclose((moved - x).flatten(1), 0.2 * sign, atol=1e-5)  # also where half of it would do
 
 
 def test_the_split_is_by_image_over_all_victims() -> None:

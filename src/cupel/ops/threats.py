@@ -7,7 +7,7 @@ succeeded. `attacked` clips what comes back into the ball and the box and asks t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -74,6 +74,22 @@ class Threat:
     def gap(self, logits: Tensor, y: Tensor) -> Tensor:
         """How far the goal is, `[N]`: negative once it is met."""
         return -margin(logits, y) if self.targeted else margin(logits, y)
+
+
+@dataclass(frozen=True)
+class WholeThreat(Threat):
+    """A threat whose goal is never met, so that an attack spends all of its steps.
+
+    For inputs that shall fool another network than the one attacked: one that only just crosses the boundary is
+    undone by any change, and a defence that is judged on such inputs looks strong for nothing.
+    """
+
+    def reached(self, logits: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(y, dtype=torch.bool)
+
+    @classmethod
+    def of(cls, threat: Threat) -> WholeThreat:
+        return cls(**{f.name: getattr(threat, f.name) for f in fields(Threat)})
 
 
 @dataclass

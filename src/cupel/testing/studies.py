@@ -29,6 +29,9 @@ AXES = {
     ("membership", "membership_auc"): "membership AUC",
     ("bit-errors", "accuracy_1_in_1e4"): "accuracy, 1 bit in 10,000 wrong",
     ("integrated-gradients", "deletion_auc"): "deletion AUC",
+    ("irs", "certified_accuracy"): "certified accuracy",
+    ("irs", "average_radius"): "certified radius, l2",
+    ("irs", "zeta"): "differs from its original under noise",
 }
 PLOTS = {  # name of the picture -> across, up
     "robustness": (("cost", "size_bytes"), ("evasion", "robust_accuracy")),

@@ -21,7 +21,7 @@ from cupel.ops.attacks import fgsm, pgd
 from cupel.ops.labelled import evenly, labelled_inputs
 from cupel.ops.masking import has_gradients
 from cupel.ops.parsing import ACTIVATIONS, Attributes, Parser, PrunedOnce, Traces, Victim, compressed, traces
-from cupel.ops.threats import Attack, Threat
+from cupel.ops.threats import Attack, Model, Tally, Threat, WholeThreat
 
 CARD = Card(
     name="model-parsing",
@@ -72,8 +72,8 @@ class ModelParsing:
     Source: Yao et al. 2023, sections 3 and 4.
 
     Departs: two-block parser and one small architecture, as fits small images; pruning within one fit instead of
-    rewinding; no denoiser that estimates perturbations; steps stop once an input is fooled. Held-out seeds and
-    compression without retraining are added.
+    rewinding; no denoiser that estimates perturbations. Held-out seeds and compression without retraining are
+    added.
 
     Example:
         >>> ModelParsing(kernels=(3, 5)).sparsities
@@ -192,7 +192,16 @@ class ModelParsing:
         return share(int(sparse.sum()), len(sparse), "none")
 
 
-def _attacked(victims: Victims, *, x: Tensor, y: Tensor, threat: Threat, ctx: Context, attack: Attack = pgd) -> Traces:
+def all_steps(
+    model: Model, x: Tensor, y: Tensor, threat: Threat, draw: torch.Generator, *, tally: Tally | None = None
+) -> Tensor:
+    """PGD that goes on when an input is fooled, as the source's does: its perturbation grows."""
+    return pgd(model, x, y, WholeThreat.of(threat), draw, tally=tally)
+
+
+def _attacked(
+    victims: Victims, *, x: Tensor, y: Tensor, threat: Threat, ctx: Context, attack: Attack = all_steps
+) -> Traces:
     """What one attack leaves on all `victims`, each with its own draw."""
     found = []
     with ctx.scope("attacks"):
