@@ -222,6 +222,21 @@ def bench_of(made: Subject, x: Tensor) -> Tensor:
     return nn.functional.linear(x.float(), layer.weight().dequantize(), layer.bias()).double().detach()
 
 
+def test_a_network_that_goes_to_double_precision_inside_is_converted_layer_by_layer(digits: Subject) -> None:
+    class Double(nn.Module):
+        def __init__(self, head: bool) -> None:
+            super().__init__()
+            self.first = nn.Linear(64, 10) if head else nn.Flatten()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.narrow(self.first(x.flatten(1)).double(), 1, 0, 10)  # torch quantizes what this is given
+
+    held = apply(Int8PTQ(), digits.with_model(Double(head=True).eval()))
+    assert held.outputs().dtype == torch.float64 and "quantized" in str(held.model)[:2000].lower()
+    with pytest.raises(PlanError, match="linear or convolution"):
+        apply(Int8PTQ(), digits.with_model(Double(head=False).eval()))
+
+
 def test_scales_of_powers_of_two_are_those_of_the_least_squared_error() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3))

@@ -150,10 +150,12 @@ class Int8PTQ:
         with still(model), torch.no_grad(), _quietly(), ctx.scope("convert"):
             dtype = model(inputs).dtype
             try:
-                return Int8Net(_whole(model, _single(inputs), self._config(engine)), dtype, True).eval()
-            except Exception as error:  # a forward can defeat torch.fx in any way
+                made = _whole(model, _single(inputs), self._config(engine))
+                made.forward(_single(inputs))  # called as a module, it would print where it fails
+                return Int8Net(made, dtype, True).eval()
+            except Exception as error:  # a forward can defeat torch.fx in any way, and change types as it likes
                 ctx.log(
-                    kind="note", text=f"layers are converted one by one: torch.fx cannot trace the network: {error}"
+                    kind="note", text=f"layers are converted one by one: torch.fx cannot convert the network: {error}"
                 )
             return Int8Net(_by_layer(model, _single(inputs), self._config(engine)), dtype, False).eval()
 
