@@ -34,7 +34,9 @@ FILTERS: Key[Tensor] = Key("filters", Tensor)  # class-wise convolution kernels,
 SOFT_TARGETS: Key[Mapping[str, Tensor]] = Key("soft_targets", Mapping)  # "index" [M] of examples, "shares" [M, K]
 FORGETTING: Key[Mapping[str, float]] = Key("forgetting", Mapping)  # how a class was forgotten: rates and sizes
 LEXICON: Key[object] = Key("lexicon", object)  # how texts become inputs: an ops.lexicon.Lexicon
+SCENE: Key[object] = Key("scene", object)  # how poses become inputs: an ops.poses.Scene
 CRITICALITY: Key[Mapping[str, float]] = Key("criticality", Mapping)  # weight -> rise of a loss under its worst change
+SENSORS: Key[Mapping[str, tuple[int, ...]]] = Key("sensors", Mapping)  # sensor -> its channels of the input
 
 
 @dataclass(frozen=True)
