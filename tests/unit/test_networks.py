@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from cupel.core import catalogue
+from cupel.core.context import Context
 from cupel.core.errors import CupelError
-from cupel.core.steps import ApplyStep, FitStep
+from cupel.core.steps import ApplyStep, FitStep, apply, build
 from cupel.runner.bench import prepare
+from cupel.storage.graphs import function_named
 from cupel.storage.networks import load_network, save_network
+from cupel.techniques.compress.int8_ptq import Int8PTQ
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 
 torch.set_num_threads(1)
@@ -33,6 +36,34 @@ def test_networks_of_all_techniques(entry: catalogue.Entry, tmp_path: Path) -> N
     x = subject.data.test.inputs
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+def test_int8_networks_that_join_two_ways_come_back(tmp_path: Path) -> None:
+    """Kernels that add and cut at zero at once are called by other names than most."""
+    joined = torch.nn.Sequential(torch.nn.Flatten(), Joined())
+    subject = build(DigitsCnn(width=4, examples=96), Context())
+    made = apply(Int8PTQ(), subject.with_model(joined.eval())).model
+    assert any(node.target is torch.ops.quantized.add_relu for node in made.net.graph.nodes)  # type: ignore[union-attr]
+    save_network(made, tmp_path, "m", {})
+    x = subject.data.test.inputs
+    assert torch.equal(load_network(tmp_path, "m")(x), made(x))
+    for name in (
+        "aten:aten.add",
+        "quantized:quantized.nothing",
+        "quantized:torch.add",
+        "quantized:quantized.__class__",
+    ):
+        with pytest.raises(CupelError, match="operations on tensors"):
+            function_named(name)
+
+
+class Joined(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.act = torch.nn.Linear(64, 10), torch.nn.Linear(64, 10), torch.nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.one(x) + self.other(x))
 
 
 def test_buffers_outside_the_state_come_back(tmp_path: Path) -> None:

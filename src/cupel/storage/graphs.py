@@ -47,6 +47,8 @@ def name_of_function(function: object, where: str = "it") -> str:
     """
     if isinstance(function, torch._ops.OpOverload) and function.namespace in ("aten", "quantized"):
         return f"aten:{function}" if function.namespace == "aten" else f"quantized:{function}"
+    if isinstance(function, torch._ops.OpOverloadPacket) and f"{function}".startswith("quantized."):
+        return f"quantized:{function}"  # int8 kernels of what joins two ways, as torch.fx calls them
     try:
         return _names()[function]  # type: ignore[index]
     except (KeyError, TypeError):
@@ -67,9 +69,11 @@ def function_named(name: str) -> Callable[..., Any]:
     space, _, rest = name.partition(":")
     if space in ("aten", "quantized"):
         parts = rest.split(".")
-        if len(parts) == 3 and parts[0] == space and all(p.isidentifier() for p in parts):
-            packet = getattr(getattr(torch.ops, space), parts[1], None)
-            found = getattr(packet, parts[2], None)
+        if parts[0] == space and all(p.isidentifier() for p in parts):
+            packet = getattr(getattr(torch.ops, space), parts[1], None) if len(parts) in (2, 3) else None
+            if len(parts) == 2 and space == "quantized" and isinstance(packet, torch._ops.OpOverloadPacket):
+                return packet
+            found = getattr(packet, parts[2], None) if len(parts) == 3 else None
             if isinstance(found, torch._ops.OpOverload):
                 return found
     elif name in _functions():

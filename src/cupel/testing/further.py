@@ -20,9 +20,10 @@ from typing import Any
 import yaml
 from torch import nn
 
-from cupel.core.errors import PlanError
+from cupel.core.errors import CupelError, PlanError
 from cupel.core.shelf import ORIGINAL
-from cupel.core.steps import FitStep
+from cupel.core.steps import FitStep, in_order
+from cupel.core.types import Subject
 from cupel.runner.bench import Bench, given_of, step_of
 from cupel.runner.plan import make_plan, method_of
 from cupel.runner.recipe import Recipe, recipe_of
@@ -57,10 +58,16 @@ def _of_seed(recipe: Recipe, run: Path, seed: int) -> dict[str, dict[str, Any]]:
         for variant, specs in recipe.variants.items():
             bench = Bench(first.workload, [step_of(s, method_of) for s in specs], seed, given)
             assert start.shelf is not None
-            subject = replace(start, shelf=start.shelf.copy(), _memo={}).with_model(_network(run, variant, seed))
+            subject = replace(start, shelf=start.shelf.copy(), _memo={})
             left = _left_by_the_first_fit(recipe, variant, bench)
             if left and subject.shelf is not None and ORIGINAL not in subject.shelf:
                 subject.shelf.put(ORIGINAL, _network(run, left, seed))
+            try:
+                subject = subject.with_model(_network(run, variant, seed))
+            except CupelError:
+                if not left:
+                    raise
+                subject = _from(subject.with_model(_network(run, left, seed)), bench)  # it has no plain form
             began = time.perf_counter()
             found[variant] = measured(ref, subject, bench)
             found[variant] |= {"seconds": time.perf_counter() - began, "forks": bench.forks_made}
@@ -69,6 +76,13 @@ def _of_seed(recipe: Recipe, run: Path, seed: int) -> dict[str, dict[str, Any]]:
 
 def _network(run: Path, variant: str, seed: int) -> nn.Module:
     return load_network(run / "models", f"{variant}-{seed}")
+
+
+def _from(subject: Subject, bench: Bench) -> Subject:
+    """What the steps after the first fit make of what it left."""
+    for name, (_, trained) in in_order(bench.steps).items():
+        subject = bench.step(subject, name) if trained else subject
+    return subject
 
 
 def _left_by_the_first_fit(recipe: Recipe, variant: str, bench: Bench) -> str:
