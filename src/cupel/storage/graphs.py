@@ -90,7 +90,7 @@ def check_call(op: str, name: str, target: str, args: tuple[Any, ...], kwargs: M
     words = [name, *kwargs] if op != "placeholder" else [name, target.removeprefix("*").removeprefix("*"), *kwargs]
     good = op in _PLACES and all(isinstance(w, str) and w.isidentifier() for w in words)
     if op in ("get_attr", "call_module"):
-        good &= all(atom.isidentifier() or atom.isdecimal() for atom in target.split("."))
+        good &= all(f"_{atom}".isidentifier() and atom for atom in target.split("."))  # parts may begin with a digit
     elif op == "call_method":
         good &= not target.startswith("_") and callable(getattr(Tensor, target, None))
     elif target == "builtins:getattr":

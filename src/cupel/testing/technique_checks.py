@@ -119,8 +119,11 @@ def runs_or_is_refused(entry: Entry) -> None:
             h.run_technique(entry, workload=on)
         except MissingData:
             continue
-        except PlanError:  # a network that the user brings shows only when it is built what it gives
-            assert not set(entry.card().needs) <= h.fresh(on.name).gives
+        except PlanError:
+            # What a network is made of shows when it is built: it may lack what a card needs, or have no layer of the
+            # sizes that the method says it must find.
+            told = set(entry.card().needs) <= h.fresh(on.name).gives
+            assert not told or "PlanError: " in (entry.load().__doc__ or "")
 
 
 def _pair(entry: Entry, other: str, swap: bool) -> h.Subject | str:
