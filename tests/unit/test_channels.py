@@ -290,6 +290,20 @@ def test_channels_that_are_not_zero_at_zero_stay() -> None:
     assert names == {"2.weight", "2.bias", "4.weight"}
 
 
+@pytest.mark.parametrize("places", [False, True])
+def test_a_pool_that_also_says_where_keeps_its_channels(places: bool) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, at = nn.functional.adaptive_max_pool2d(self.a(x).relu(), 1, return_indices=True)
+            return self.b(y.flatten(1) + at.flatten(1) if places else y.flatten(1))
+
+    assert structure_of(Pooled().eval(), images(2)).count == 0
+
+
 def test_an_unknown_operation_keeps_its_channels() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -88,7 +88,9 @@ class Follower:
         if rule is None or opaque or (node.kwargs and self.name not in ("sum", "mean", "add", "to", "clone", "gelu")):
             self.labels.freeze(args)
             return self._untracked(self.out)
-        return rule(self, args, tuple(self.out.shape) if isinstance(self.out, Tensor) else ())
+        found = rule(self, args, tuple(self.out.shape) if isinstance(self.out, Tensor) else ())
+        # Of several results where the rule tells of one (a pool that also says where), none is followed.
+        return found if isinstance(self.out, Tensor) or not isinstance(found, Flow) else self._untracked(self.out)
 
     def _untracked(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
