@@ -45,7 +45,8 @@ def drawn_harmless(seen: Spectrum, shape: torch.Size, size: float, draw: torch.G
 def along(directions: Tensor, shape: torch.Size, norm: float, draw: torch.Generator) -> Tensor:
     """Random changes of l2 norm `norm` in the span of orthonormal rows `[k, d]`."""
     weights = torch.randn(shape[0], len(directions), generator=draw, dtype=torch.float64)
-    return (norm * (weights / weights.norm(dim=1, keepdim=True)) @ directions).view(shape)
+    found: Tensor = (norm * (weights / weights.norm(dim=1, keepdim=True)) @ directions).view(shape)
+    return found
 
 
 def agreement(model: nn.Module, x: Tensor, delta: Tensor) -> float:

@@ -51,7 +51,8 @@ def projected_jacobian(out: Tensor, inputs: Tensor, directions: Tensor) -> Tenso
 def on_sphere(like: Tensor, draw: torch.Generator) -> Tensor:
     """A uniform direction for every row of `like` `[B, C]`."""
     v = torch.randn(like.shape, generator=draw)
-    return (v / v.norm(dim=1, keepdim=True).clamp_min(1e-12)).to(like)
+    found: Tensor = (v / v.norm(dim=1, keepdim=True).clamp_min(1e-12)).to(like)
+    return found
 
 
 class Ensemble(nn.Module):

@@ -18,7 +18,7 @@ from cupel.core.types import Batch, Bounds, Budget, Examples, TrainView, still
 from cupel.nets.res_up import ResUpNet
 from cupel.ops.attacks import fgsm, pgd
 from cupel.ops.luma import light, luma
-from cupel.ops.threats import WholeThreat
+from cupel.ops.threats import Attack, WholeThreat
 from cupel.ops.watch import entering
 
 CARD = Card(
@@ -51,7 +51,8 @@ class ImageFilter(nn.Module):
         seen = light(seen) if self.luma_only else seen
         # Chroma that stays moves all three channels with luma. The clean part itself is clipped to the range first.
         change = (seen - self.noise(seen)).clamp(0, 1) - seen
-        return (x + self.span * change).clamp(self.low, self.low + self.span)
+        cleaned: Tensor = (x + self.span * change).clamp(self.low, self.low + self.span)
+        return cleaned
 
 
 class Filtered(nn.Module):
@@ -172,7 +173,8 @@ class _Attacked(Hook):
         x = batch.inputs.clone()
         with torch.no_grad():
             labels = self.net(x).argmax(1)
-        for k, attack in enumerate((fgsm, pgd)):
+        attacks: tuple[Attack, ...] = (fgsm, pgd)
+        for k, attack in enumerate(attacks):
             size = p.eps / 2 ** int(torch.randint(3, (), generator=self.draw))
             threat = WholeThreat("linf", size, self.bounds, p.steps)
             part = slice(k * third, (k + 1) * third)
