@@ -95,7 +95,7 @@ class FusionAttack:
 
     def staged(self, subject: Subject, ctx: Context) -> Stage:
         """The victim and the scenes; free ground decides which scenes take part."""
-        sensors = ctx.shelf.get(SENSORS)
+        sensors = ctx.shelf.get(SENSORS) if SENSORS in ctx.shelf else {}
         if self.sensor not in sensors or len(sensors) < 2 or subject.bounds is None:
             raise NotApplicable(
                 f"fusion-attack must have bounded inputs of two sensors or more, {self.sensor!r} among them; got "
