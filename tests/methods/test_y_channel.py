@@ -265,6 +265,13 @@ def test_it_is_stored_copied_and_traced_and_the_classifier_keeps_its_bits(tmp_pa
     assert not any(m.training for m in made.modules())
 
 
+class Rounded(nn.Module):
+    """What int8 kernels are to a gradient: nothing passes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
 def test_what_cannot_be_filtered_is_refused() -> None:
     subject, _ = defended()
     rows = torch.arange(8)
@@ -276,3 +283,6 @@ def test_what_cannot_be_filtered_is_refused() -> None:
     with pytest.raises(PlanError, match="know their range"):
         apply(YChannel(), replace(subject, bounds=None))
     assert isinstance(apply(YChannel(epochs=0), replace(subject, bounds=None)).model, type(subject.model))
+    frozen = replace(subject, model=nn.Sequential(Rounded(), subject.model))
+    with pytest.raises(PlanError, match="must have input gradients"):
+        apply(YChannel(), frozen)

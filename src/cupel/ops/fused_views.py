@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cupel.core.scorecard import Reading, mean_of
 from cupel.core.types import Bounds, Task
 from cupel.ops.detection import MeanPrecision, mean_precision, object_scores
-from cupel.ops.patches import pasted
+from cupel.ops.patches import on_channels, pasted
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,4 @@ class Stage:
 
     def dark(self, rows: tuple[int, ...]) -> Tensor:
         """Held-out scenes in which some channels see nothing."""
-        x = self.held.x.clone()
-        x[:, list(rows)] = self.bounds.low
-        return x
+        return on_channels(self.held.x, rows, lambda part: torch.full_like(part, self.bounds.low))

@@ -65,13 +65,20 @@ def placed(patches: Tensor, rects: Tensor, height: int, width: int) -> tuple[Ten
     return made, inside.to(patches.dtype)
 
 
+def on_channels(x: Tensor, channels: Sequence[int], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`x` `[N, C, ...]` with `change` applied to some channels, and the others as they are.
+
+    >>> on_channels(torch.ones(1, 3), (2, 0), lambda part: part + torch.tensor([1.0, 2.0])).tolist()
+    [[3.0, 1.0, 2.0]]
+    """
+    at = torch.tensor(channels, device=x.device)
+    return x.index_copy(1, at, change(x.index_select(1, at)))
+
+
 def pasted(x: Tensor, patches: Tensor, rects: Tensor, channels: Sequence[int]) -> Tensor:
     """Scenes `[N, C, H, W]` with patches `[N, c, h, w]` over their rectangles, on `channels` alone."""
-    rows = list(channels)
     made, inside = placed(patches, rects, *x.shape[-2:])
-    changed = x.clone()
-    changed[:, rows] = x[:, rows] * (1 - inside) + made * inside
-    return changed
+    return on_channels(x, channels, lambda part: part * (1 - inside) + made * inside)
 
 
 def free_places(boxes: Tensor, there: Tensor, height: int, width: int, size: int) -> tuple[Tensor, Tensor]:

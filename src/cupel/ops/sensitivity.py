@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cupel.core.descend import adam_move, descend
 from cupel.core.types import Bounds
+from cupel.ops.patches import on_channels
 
 Scores = Callable[[Tensor, Tensor], Tensor]  # (scenes, their numbers) -> confidences [N, D]
 
@@ -41,17 +42,16 @@ class Search:
 
         Source: Cheng et al., ICLR 2024, arXiv 2304.14614, section 3 and equation 1.
         """
-        rows, (n, _, h, w) = list(channels), x.shape
+        n, _, h, w = x.shape
         size = (-(-h // self.coarse), -(-w // self.coarse))
-        span, cut = bounds.high - bounds.low, len(rows) * h * w
+        span, cut = bounds.high - bounds.low, len(channels) * h * w
         noise = torch.rand(n, cut, generator=draw).to(x)
         start = torch.cat([noise, noise.new_zeros(n, size[0] * size[1])], 1)  # shares of the range, mask logits
 
         def objective(both: Tensor, which: Tensor) -> tuple[Tensor, None]:
-            free = bounds.low + both[:, :cut].view(-1, len(rows), h, w) * span
+            free = bounds.low + both[:, :cut].view(-1, len(channels), h, w) * span
             mask = self.spread(both[:, cut:].view(-1, *size), h, w)
-            here = x[which].clone()
-            here[:, rows] = here[:, rows] * (1 - mask[:, None]) + free * mask[:, None]
+            here = on_channels(x[which], channels, lambda part: part * (1 - mask[:, None]) + free * mask[:, None])
             mean = scores(here, which).mean(1)
             silenced = (mean > self.enough) * mean.clamp_min(1e-12).log()
             return silenced + self.weight * mask.mean((1, 2)), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from cupel.ops.detection import BOX, object_scores
 from cupel.ops.fused_views import Scenes, Stage
 from cupel.ops.image_damage import damaged
 from cupel.ops.labelled import evenly
-from cupel.ops.patches import Looks, Press, free_places, on_objects, pasted, random_patch
+from cupel.ops.patches import Looks, Press, free_places, on_channels, on_objects, pasted, random_patch
 from cupel.ops.preprocess import fewer_bits
 from cupel.ops.sensitivity import Search, mass_inside
 
@@ -197,11 +198,9 @@ class FusionAttack:
             "others_dark": stage.dark(stage.others),
         }  # fmt: skip
         for name, (kind, strength) in DEFENCES.items():
-            x, rows = views["patch"].clone(), list(stage.rows)
-            x[:, rows] = damaged(x[:, rows], kind, strength, stage.bounds, stage.draw(name))
-            views[name] = x
-        views["bits"] = views["patch"].clone()
-        views["bits"][:, list(stage.rows)] = fewer_bits(views["bits"][:, list(stage.rows)], stage.bounds)
+            change = partial(damaged, kind=kind, strength=strength, bounds=stage.bounds, draw=stage.draw(name))
+            views[name] = on_channels(views["patch"], stage.rows, change)
+        views["bits"] = on_channels(views["patch"], stage.rows, partial(fewer_bits, bounds=stage.bounds))
         found = {}
         for name, x in views.items():
             p = stage.precision(x)
@@ -232,5 +231,5 @@ def _shown(stage: Stage, some: Scenes, maps: Tensor, patch: Tensor, glued: Tenso
     rows = range(min(4, len(maps)) if maps[0].numel() <= 4096 else 0)
     return {
         "patches": [{"scene_patch": grid(patch[:1]), "object_patch": grid(glued[:1])}],
-        "sensitivity": [{"scene": grid(some.x[r, stage.rows[:1]]), "map": grid(maps[r : r + 1])} for r in rows],
+        "sensitivity": [{"scene": grid(some.x[r, stage.rows[0]][None]), "map": grid(maps[r : r + 1])} for r in rows],
     }

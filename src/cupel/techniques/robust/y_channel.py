@@ -18,6 +18,7 @@ from cupel.core.types import Batch, Bounds, Budget, Examples, TrainView, still
 from cupel.nets.res_up import ResUpNet
 from cupel.ops.attacks import fgsm, pgd
 from cupel.ops.luma import light, luma
+from cupel.ops.masking import has_gradients
 from cupel.ops.threats import Attack, WholeThreat
 from cupel.ops.watch import entering
 
@@ -91,7 +92,8 @@ class YChannel:
     Shapes: inputs `[B, 1, H, W]` or `[B, 3, H, W]` floats within the workload's bounds, any H and W; logits `[B, K]`.
 
     Raises:
-        PlanError: no training images, no bounds, other numbers of channels, or outputs that are no scores of classes.
+        PlanError: no training images, no bounds, other numbers of channels, no input gradients, or outputs that are no
+            scores of classes.
 
     Source: Pestana, Akhtar, Liu, Glance, Mian, arXiv 2003.00883, 2020; IJCNN 2021.
 
@@ -147,6 +149,8 @@ class YChannel:
                 f"inputs for y-channel must be float images [B, 1, H, W] or [B, 3, H, W]; got "
                 f"{tuple(getattr(x, 'shape', ()))}. Use it on images."
             )
+        if not has_gradients(model, x[:1].to(ctx.device)):
+            raise PlanError("y-channel must have input gradients; this network has none. Convert to int8 afterwards.")
         if self.examples and self.examples < len(data):
             data = data.take(torch.randperm(len(data), generator=ctx.rng("examples"))[: self.examples])
         return ctx.bounds, Examples(data.inputs, data.inputs, data.index)
