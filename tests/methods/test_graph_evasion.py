@@ -16,24 +16,19 @@ from cupel.core.tasks import Classification
 from cupel.core.types import Examples, Splits, Subject, still
 from cupel.nets.gcn import GCN
 from cupel.ops.edge_flips import (
-    Relaxed,
     Wiring,
     at_random,
     by_gradient,
     by_surrogate,
     flipped,
-    fooling,
-    into_budget,
     linear_rows,
     neighbours,
-    random_pairs,
-    signs,
     slopes,
-    steepest,
     surrogate,
     unnoticed,
 )
 from cupel.ops.node_graph import AlikeEdges, NodeGraph, listening, rewired
+from cupel.ops.relaxed_flips import Relaxed, fooling, into_budget, random_pairs, signs, steepest
 from cupel.ops.threats import margin
 from cupel.probes.robust.graph_evasion import GraphEvasion, stands
 

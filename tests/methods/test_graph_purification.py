@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from cupel.core.context import Context
 from cupel.core.errors import PlanError
 from cupel.nets.gcn import GCN
-from cupel.ops.edge_flips import fooling, random_pairs, slopes
+from cupel.ops.edge_flips import slopes
 from cupel.ops.node_graph import AlikeEdges, LowRankEdges, NodeGraph, jaccard, listening, ones_in, packed_bits, rewired
+from cupel.ops.relaxed_flips import fooling, random_pairs
 from cupel.storage.blueprint import built, drawn
 from cupel.techniques.robust.graph_purification import GraphPurification
 

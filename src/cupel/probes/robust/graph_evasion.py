@@ -16,18 +16,17 @@ from cupel.core.scorecard import Reading, Readings, mean_of, share
 from cupel.core.types import Subject, still
 from cupel.ops.edge_flips import (
     Allowed,
-    Relaxed,
     Wiring,
     at_random,
     by_gradient,
     by_surrogate,
     degrees,
     flipped,
-    random_pairs,
     surrogate,
 )
 from cupel.ops.labelled import classes_of, evenly, judged_classes
 from cupel.ops.node_graph import NodeGraph, graph_in, rewired
+from cupel.ops.relaxed_flips import Relaxed, random_pairs
 
 CARD = Card(
     name="graph-evasion",
