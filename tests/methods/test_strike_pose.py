@@ -26,7 +26,7 @@ from cupel.ops.pose_search import (
 from cupel.ops.pose_survey import Survey, figures_of
 from cupel.ops.poses import Space, carried, reach
 from cupel.ops.render import Camera
-from cupel.probes.robust.strike_pose import CARD, StrikePose, changes, median, spent, successes
+from cupel.probes.robust.strike_pose import CARD, StrikePose, changes, spent, successes
 from cupel.workloads.robust.posed_objects import PosedObjects
 
 torch.set_num_threads(1)
@@ -318,12 +318,6 @@ def test_changes_are_told_in_pixels_shares_and_degrees(bench):
     assert torch.allclose(moved[:, 2], 9.0 / (2 - poses[:, 2])) and torch.allclose(
         moved[:, 3:], torch.full((2, 3), 180.0)
     )
-
-
-def test_the_median_and_its_order_statistics():
-    told = median(torch.arange(1.0, 26.0), "px")
-    assert (told.value, told.low, told.high) == (13, 8, 19)  # n / 2 -+ 0.98 sqrt(n)
-    assert median(torch.zeros(0), "px").count == 0
 
 
 def test_figures_hold_the_failures():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from cupel.core.scorecard import Reading, Readings, difference, exact, mean_of, over_seeds, share, t95
+from cupel.core.scorecard import Reading, Readings, difference, exact, mean_of, median_of, over_seeds, share, t95
 from cupel.report.words import best, number, worse
 from cupel.runner.gate import judge
 from cupel.runner.recipe import recipe_of
@@ -34,6 +34,20 @@ def test_mean_interval() -> None:
     r = mean_of(values, "ms")
     assert r.low is not None and r.high is not None
     assert math.isclose(r.low, low, rel_tol=1e-3) and math.isclose(r.high, high, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("count", [10, 25, 60, 201])
+def test_the_median_lies_between_its_order_statistics_in_95_of_100_draws(count: int) -> None:
+    told = median_of(list(range(count, 0, -1)), "x")
+    assert told.value == (count + 1) // 2 and told.low is not None and told.high is not None
+    # X_(l) <= median <= X_(h) where at least l and fewer than h of n fair coins show heads
+    within = stats.binom(count, 0.5)
+    assert 0.94 < within.cdf(told.high - 1) - within.cdf(told.low - 1) < 0.99
+
+
+def test_the_median_of_one_and_of_nothing() -> None:
+    one, none = median_of([3], "x"), median_of([], "x")
+    assert (one.value, one.low, one.high) == (3, 3, 3) and math.isnan(none.value) and none.count == 0
 
 
 def test_over_seeds_joins_both_sources_of_doubt() -> None:

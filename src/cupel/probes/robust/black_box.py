@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from cupel.core.context import Context
 from cupel.core.errors import NotApplicable
 from cupel.core.params import param
 from cupel.core.protocols import Card
-from cupel.core.scorecard import Reading, Readings, share
+from cupel.core.scorecard import Reading, Readings, exact, median_of, share
 from cupel.core.types import Subject, still
 from cupel.ops.folding import folded
 from cupel.ops.labelled import evenly, labelled_inputs
@@ -35,13 +34,8 @@ CARD = Card(
 
 def queries_to_success(outcome: Outcome, most: int) -> Reading:
     """Median queries of the inputs that were right and were then fooled; `most` if there are none."""
-    won = outcome.tally.queries[(outcome.fooled & outcome.clean).cpu()].sort().values
-    n = len(won)
-    if n == 0:
-        return Reading(float(most), "queries", "higher", 0, float(most), float(most))
-    reach = 0.98 * math.sqrt(n)  # order statistics that hold the median with 95%
-    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
-    return Reading(float(won[(n - 1) // 2]), "queries", "higher", n, float(won[low]), float(won[high]))
+    won = outcome.tally.queries[(outcome.fooled & outcome.clean).cpu()].tolist()
+    return median_of(won, "queries", "higher") if won else replace(exact(most, "queries", "higher"), count=0)
 
 
 def pictures(outcomes: dict[str, Outcome], x: Tensor, y: Tensor, model: nn.Module) -> list[dict[str, object]]:

@@ -13,7 +13,7 @@ from cupel.core.context import Context
 from cupel.core.errors import NotApplicable
 from cupel.core.params import param
 from cupel.core.protocols import Card
-from cupel.core.scorecard import Reading, Readings, exact, share
+from cupel.core.scorecard import Reading, Readings, exact, median_of, share
 from cupel.core.types import Bounds, Subject, still
 from cupel.ops.apgd import apgd
 from cupel.ops.attacks import fgsm, logits_ratio, pgd, tempered
@@ -221,11 +221,8 @@ class _Bench:
         longest = (self.bounds.high - self.bounds.low) * math.sqrt(self.x[0].numel())
         count = min(self.p.cw_examples, len(self.y))
         far = size_of(outcome.x - self.x, "l2")[:count]
-        far = torch.where(outcome.fooled[:count], far, torch.full_like(far, longest)).sort().values
-        n = len(far)
-        reach = 0.98 * math.sqrt(n)  # order statistics that hold the median with 95%
-        low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
-        return Reading(float(far.median()), "l2", "higher", n, float(far[low]), float(far[high]))
+        far = torch.where(outcome.fooled[:count], far, torch.full_like(far, longest))
+        return median_of(far.tolist(), "l2", "higher")
 
     def _pictures(self, found: dict[str, Outcome]) -> list[dict[str, object]]:
         """Up to six small images before and after, of different classes where possible."""

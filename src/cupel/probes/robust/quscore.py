@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from cupel.core.descend import descend
 from cupel.core.errors import NotApplicable
 from cupel.core.params import param
 from cupel.core.protocols import Card
-from cupel.core.scorecard import Reading, Readings, mean_of, share
+from cupel.core.scorecard import Reading, Readings, mean_of, median_of, share
 from cupel.core.types import Bounds, Subject, still
 from cupel.ops.attacks import cross_entropy, stepping, tempered
 from cupel.ops.folding import folded
@@ -205,8 +204,7 @@ def _told(name: str, outcome: Outcome, x: Tensor, y: Tensor, shown: Shown) -> di
         f"{name}_correlation": alike,
     }
     if name == "joint":
-        middle = float(asked.median()) if len(asked) else 0.0
-        told["joint_queries_median"] = Reading(middle, "queries", "higher", len(asked), *_middle(asked, middle))
+        told["joint_queries_median"] = median_of(asked.tolist() or [0.0], "queries", "higher")
     return told
 
 
@@ -220,14 +218,6 @@ def _overlaps(outcome: Outcome, x: Tensor, y: Tensor, shown: Shown) -> tuple[Rea
         mean_of(top_overlap(before, after).tolist() or [1.0], "1"),
         mean_of(correlation(before, after).tolist() or [1.0], "1"),
     )
-
-
-def _middle(values: Tensor, middle: float) -> tuple[float, float]:
-    """The order statistics that hold the median with 95%."""
-    n, ranked, reach = len(values), values.sort().values, 0.98 * math.sqrt(len(values))
-    if not n:
-        return middle, middle
-    return float(ranked[max(0, math.floor(n / 2 - reach))]), float(ranked[min(n - 1, math.ceil(n / 2 + reach))])
 
 
 def _after(

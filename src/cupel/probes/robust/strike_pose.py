@@ -15,7 +15,7 @@ from cupel.core.errors import NotApplicable
 from cupel.core.fit import fit
 from cupel.core.params import param
 from cupel.core.protocols import Card
-from cupel.core.scorecard import Reading, Readings, mean_of, share
+from cupel.core.scorecard import Reading, Readings, mean_of, median_of, share
 from cupel.core.shelf import SCENE
 from cupel.core.types import Examples, Subject, still
 from cupel.nets.convnet import ConvNet
@@ -216,7 +216,7 @@ def changes(moved: Tensor) -> dict[str, Reading]:
     """Medians of least changes `[N, 6]`."""
     units = ("px", "px", "share", "degrees", "degrees", "degrees")
     columns = zip(NAMES, moved.T, units, strict=True)
-    return {f"change_{name}": median(column, unit) for name, column, unit in columns}
+    return {f"change_{name}": median_of(column.tolist() or [0.0], unit, "higher") for name, column, unit in columns}
 
 
 def successes(trails: dict[str, Trail]) -> dict[str, Reading]:
@@ -228,16 +228,6 @@ def successes(trails: dict[str, Trail]) -> dict[str, Reading]:
 def spent(trail: Trail) -> Tensor:
     """Pictures until success; the whole budget where there was none."""
     return torch.where(trail.first > 0, trail.first, trail.budget).double()
-
-
-def median(values: Tensor, unit: str) -> Reading:
-    """The median with the order statistics that hold it with 95%; more is better, 0 of nothing."""
-    n, ranked = len(values), values.double().sort().values
-    if not n:
-        return Reading(0.0, unit, "higher", 0, 0.0, 0.0)
-    far = 0.98 * math.sqrt(n)
-    low, high = max(0, math.floor(n / 2 - far)), min(n - 1, math.ceil(n / 2 + far))
-    return Reading(float(ranked[(n - 1) // 2]), unit, "higher", n, float(ranked[low]), float(ranked[high]))
 
 
 def _of(hits: Tensor, among: Tensor) -> Reading:
