@@ -231,6 +231,8 @@ def test_the_press_finds_the_best_patch_of_a_linear_goal() -> None:
     assert float(total_variation(flat)) < 0.2 < float(total_variation(found))
     one = replace(press, steps=1).made(x, rects, (1,), torch.zeros(1, 6, 6), goal, bounds, seeded(0, "d"))
     assert torch.allclose(one[0], -0.02 * weight.sign(), atol=1e-5)  # a share of the range, which is 2
+    some = replace(press, steps=150, lr=0.001).made(x, rects, (1,), torch.zeros(1, 6, 6), goal, bounds, seeded(0, "d"))
+    assert torch.allclose(some[0], -0.002 * (100 + 50 * 0.97) * weight.sign(), atol=1e-4)  # slower after 100 steps
     shorter = cooled(lambda p, g, r, k: p - g, 100, 0.5)
     zero, g = torch.zeros(1), torch.ones(1)
     assert [float(shorter(zero, g, zero, k)) for k in (0, 99, 100, 250)] == [-1, -1, -0.5, -0.25]
@@ -263,6 +265,8 @@ def test_the_map_finds_where_a_planted_detector_looks() -> None:
     assert not bool(mass_inside(torch.ones(3, 24, 24), boxes, ~there).any())
     other = Search(steps=30).maps(x, (1,), lambda v, _: Planted(8, 16)(v), UNIT, seeded(0, "m"))
     assert float(other.max()) < 0.1  # the attacked channel is not read: the mask shrinks everywhere
+    silent = Search(steps=30, enough=1.0).maps(x, (0,), lambda v, _: Planted(8, 16)(v), UNIT, seeded(0, "m"))
+    assert float(silent.max()) < 0.1  # a score of at most `enough` counts as silenced: again only the mask shrinks
 
 
 @lru_cache(maxsize=4)
