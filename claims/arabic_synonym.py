@@ -15,7 +15,8 @@ from cupel.core.steps import build
 from cupel.core.types import Subject, TrainView
 from cupel.ops.lexicon import Lexicon, Words
 from cupel.ops.word_swaps import Victim, at_random, swapped
-from cupel.probes.robust.arabic_synonym import ArabicSynonym, Attacked, Language, attacked, with_found
+from cupel.ops.word_attack import Attacked, Language, attacked, with_found
+from cupel.probes.robust.arabic_synonym import ArabicSynonym
 from cupel.runner.claims import Claim
 from cupel.workloads.language.arabic_sentiment import ArabicSentiment
 
@@ -63,7 +64,7 @@ def language(quick: bool) -> Language:
     lexicon = lexicon_of(subject)
     texts = [lexicon.texts[k] for k in subject.data.train.index.tolist()]
     probe = ArabicSynonym(epochs=1, dim=32) if quick else ArabicSynonym()
-    return probe.language(texts, 0, seeded(0, "meanings"))
+    return probe.study.language(texts, 0, seeded(0, "meanings"))
 
 
 def per_fooled(done: Attacked) -> float:

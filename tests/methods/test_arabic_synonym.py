@@ -20,10 +20,11 @@ from cupel.core.steps import FitStep, build
 from cupel.core.types import Examples, TrainView
 from cupel.ops.lexicon import Lexicon, Words
 from cupel.ops.task_rows import TaskExamples
+from cupel.ops.word_attack import Language, attacked, with_found
 from cupel.ops.word_filters import both, content_of, form_of, meanings, same_form, script_of
 from cupel.ops.word_model import BLANK, NONE, Blanked, Blanks, word_model
 from cupel.ops.word_swaps import Course, Victim, at_random, by_importance, lawful, swapped
-from cupel.probes.robust.arabic_synonym import ArabicSynonym, Language, attacked, with_found
+from cupel.probes.robust.arabic_synonym import ArabicSynonym
 from cupel.runner.bench import prepare
 from cupel.workloads.language.arabic_sentiment import ArabicSentiment
 from cupel.workloads.language.sentence_tasks import SentenceTasks
@@ -304,7 +305,7 @@ def test_an_unlawful_text_counts_as_it_was(moods: ArabicSentiment) -> None:
     lexicon, data = ctx.shelf.get(LEXICON), subject.data
     assert isinstance(lexicon, Lexicon)
     probe = ArabicSynonym(similarity=-1.0, stop=2, epochs=1, dim=8)
-    language = probe.language([lexicon.texts[k] for k in data.train.index.tolist()], 0, torch.Generator())
+    language = probe.study.language([lexicon.texts[k] for k in data.train.index.tolist()], 0, torch.Generator())
     rows, texts = probe.chosen(data.test, lexicon, language.content, 20)
     victim = Victim(subject.model, subject.task, lexicon, torch.zeros(len(rows), 0))
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,12 +13,12 @@ from cupel.core.params import param
 from cupel.core.protocols import Card
 from cupel.core.scorecard import Readings, exact, mean_of, share
 from cupel.core.shelf import LEXICON
-from cupel.core.types import Examples, Subject, TrainView
-from cupel.ops.labelled import evenly, judged_classes
+from cupel.core.types import Examples, Subject
+from cupel.ops.labelled import judged_classes
 from cupel.ops.lexicon import Lexicon, Words
-from cupel.ops.word_filters import Admit, Content, Meanings, both, content_of, meanings, same_form
-from cupel.ops.word_model import WordModel, word_model
-from cupel.ops.word_swaps import Course, Propose, Victim, at_random, by_importance, lawful, swapped
+from cupel.ops.word_attack import Attacked, Language, Study, attacked, swappable, texts_of, with_found
+from cupel.ops.word_filters import Content
+from cupel.ops.word_swaps import Victim
 
 CARD = Card(
     name="arabic-synonym",
@@ -43,75 +42,6 @@ CARD = Card(
     ),
     tiny={"examples": 6, "learn": 6, "epochs": 1, "dim": 8, "fillers": 4, "corpus": 32},
 )
-
-
-@dataclass(frozen=True)
-class Language:
-    """What the attack knows of a language, all of it learned from a corpus or told by letters."""
-
-    model: WordModel
-    likeness: Meanings
-    content: Content
-    words: tuple[str, ...]  # that may fill a place
-    fillers: int
-    most: int  # words that may be swapped in a text
-
-    @property
-    def admit(self) -> Admit:
-        return both(same_form, self.likeness)
-
-    def likely(self, texts: Sequence[Words], places: Sequence[int]) -> list[Words]:
-        return self.model.likely(texts, places, frozenset(self.words), self.fillers)
-
-    def anything(self, draw: torch.Generator) -> Propose:
-        """As many random words as the model would propose."""
-
-        def propose(texts: Sequence[Words], places: Sequence[int]) -> list[list[str]]:
-            rows = torch.randint(max(len(self.words), 1), (len(texts), self.fillers), generator=draw).tolist()
-            return [[self.words[k] for k in row] if self.words else [] for row in rows]
-
-        return propose
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """What became of some texts, as the judge saw it."""
-
-    courses: list[Course]
-    right: Tensor  # `[N]` bool: classified rightly before
-    stands: Tensor  # rightly after, too
-    queries: list[int]  # of the victim for every text, the ranking included
-
-
-def attacked(
-    victim: Victim, texts: Sequence[Words], labels: Tensor, language: Language, control: torch.Generator | None = None
-) -> Attacked:
-    """Swap words of every text and ask again; with `control`, random words at random places, as many tries.
-
-    A text that breaks the filters or the budget counts as it was.
-    """
-    places = [language.content.places(text) for text in texts]
-    right = ~victim.errs(texts, labels)
-    if control is None:
-        orders, cost = by_importance(victim, texts, places)
-    else:
-        orders, cost = at_random(places, control), [0] * len(texts)
-    propose = language.likely if control is None else language.anything(control)
-    courses = swapped(victim, texts, labels, orders, propose, language.admit, language.most)
-    for course in courses:
-        course.now = course.now if lawful(course, language.admit, language.most) else course.before
-    stands = right & ~victim.errs([c.now for c in courses], labels)
-    return Attacked(courses, right, stands, [c.queries + n for c, n in zip(courses, cost, strict=True)])
-
-
-def with_found(view: TrainView, rows: Tensor, found: list[Words], lexicon: Lexicon) -> TrainView:
-    """The training data with the texts `found`, made from `rows` of it and with their labels, at the end."""
-    train: Examples = view.train
-    every = torch.cat([torch.arange(len(train)), rows])
-    inputs = torch.cat([train.inputs, lexicon.render(found, train.inputs[rows, : lexicon.lead])])
-    fresh = max(lexicon.texts, default=0) + 1 + torch.arange(len(rows))
-    grown = replace(train.take(every).having(inputs=inputs), index=torch.cat([train.index, fresh]))
-    return view.with_train(grown)
 
 
 @dataclass(frozen=True)
@@ -159,8 +89,8 @@ class ArabicSynonym:
         judged_classes(subject, "arabic-synonym")
         if not isinstance(lexicon, Lexicon) or not isinstance(train, Examples):
             raise NotApplicable("arabic-synonym must have texts as training examples; got others. Use it on texts.")
-        known = [lexicon.texts[k] for k in train.index.tolist() if k in lexicon.texts]
-        language = self.language(known, derive(ctx.seed, *ctx.path), ctx.rng("meanings"))
+        known = [text for text in texts_of(train, lexicon) if text]
+        language = self.study.language(known, derive(ctx.seed, *ctx.path), ctx.rng("meanings"))
         rows, texts = self.chosen(subject.data.test, lexicon, language.content, self.examples)
         labels, leads = subject.data.test.targets[rows], subject.data.test.inputs[rows, : lexicon.lead]
 
@@ -176,24 +106,19 @@ class ArabicSynonym:
         again = attacked(victim(defended), texts, labels, language)
         return self._readings(main, control, again, crossed, len(found), language, labels)
 
-    def language(self, corpus: Sequence[Words], seed: int, draw: torch.Generator) -> Language:
-        """A masked language model, a likeness of texts and the content words, learned from `corpus`."""
-        read = [corpus[k] for k in evenly(len(corpus), self.corpus).tolist()]
-        content = content_of(corpus, self.stop)
-        model = word_model(read, dim=self.dim, epochs=self.epochs, seed=seed)
-        likeness = meanings(corpus, 64, self.similarity, draw)
-        return Language(model, likeness, content, content.fillers(3), self.fillers, self.max_words)
+    @property
+    def study(self) -> Study:
+        return Study(self.max_words, self.fillers, self.similarity, self.stop, self.epochs, self.dim, self.corpus)
 
     def chosen(self, data: Examples, lexicon: Lexicon, content: Content, most: int) -> tuple[Tensor, list[Words]]:
-        """Rows of `data`, evenly spread, whose text has 30 to 300 letters and a word to swap; and the texts."""
-        told = [lexicon.texts.get(k, ()) for k in data.index.tolist()]
-        fit = [k for k, t in enumerate(told) if 30 <= sum(map(len, t)) <= 300 and content.places(t)]
-        if not fit:
+        """Rows of `data` whose text can be attacked, evenly spread, and the texts."""
+        told = texts_of(data, lexicon)
+        rows = swappable(told, content, most)
+        if not rows:
             raise NotApplicable(
                 f"arabic-synonym must have texts of 30 to 300 letters with words to swap; none of {len(told)} is. "
                 "Give longer texts."
             )
-        rows = [fit[k] for k in evenly(len(fit), most).tolist()]
         return torch.tensor(rows), [told[k] for k in rows]
 
     def lessons(
