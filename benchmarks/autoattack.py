@@ -36,6 +36,7 @@ from cupel.core.slots import phase
 from cupel.core.steps import build
 from cupel.core.types import Batch, Subject, still
 from cupel.ops.attackers import read
+from cupel.ops.ball_ensemble import DRAWS, PER_STEP
 from cupel.ops.composite import Composite
 from cupel.ops.divergences import soft_target_loss
 from cupel.ops.eot import expected
@@ -43,7 +44,7 @@ from cupel.ops.folding import folded
 from cupel.ops.quantize import symmetric
 from cupel.ops.threats import Threat, attacked
 from cupel.probes.robust.caa import CAA
-from cupel.probes.robust.evasion import DRAWS, PER_STEP, Evasion
+from cupel.probes.robust.evasion import Evasion
 from cupel.techniques.robust.adversarial_training import AdversarialTraining
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from cupel.core.steps import build
 from cupel.core.types import Subject, TrainView
 from cupel.ops.lexicon import Lexicon, Words
 from cupel.ops.word_swaps import Victim, at_random, swapped
-from cupel.ops.word_attack import Attacked, Language, attacked, with_found
+from cupel.ops.word_attack import Attacked, Language, attacked, swappable, with_found
 from cupel.probes.robust.arabic_synonym import ArabicSynonym
 from cupel.runner.claims import Claim
 from cupel.workloads.language.arabic_sentiment import ArabicSentiment
@@ -107,7 +107,7 @@ def measure(seed: int, quick: bool) -> dict[str, float]:
     subjects = {name: trained(name, seed) for name in names}
     first = subjects["textcnn"]
     lexicon = lexicon_of(first)
-    rows, texts = ArabicSynonym().chosen(first.data.test, lexicon, spoken.content, 100 if quick else 300)
+    rows, texts = swappable(first.data.test, lexicon, spoken.content, 100 if quick else 300, "claim")
     labels, none = first.data.test.targets[rows], torch.zeros(len(rows), 0)
     victims = {name: Victim(s.model, s.task, lexicon, none) for name, s in subjects.items()}
     told: dict[str, float] = {}

@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from cupel.core.context import Context
+from cupel.core.context import Context, derive, seeded
 from cupel.core.fit import fit
 from cupel.core.steps import build
-from cupel.core.types import Subject, still
-from cupel.ops.labelled import evenly
-from cupel.ops.node_graph import graph_in
-from cupel.probes.robust.graph_evasion import GraphEvasion
+from cupel.core.types import Subject
+from cupel.ops.node_attack import NodeThreat, siege
 from cupel.runner.claims import Claim
 from cupel.techniques.robust.graph_purification import GraphPurification
 from cupel.workloads.structured.cora_gcn import CoraGCN
@@ -50,11 +48,7 @@ def trained(name: str, seed: int, quick: bool) -> Subject:
 
 def under_attack(subject: Subject, targets: int, seed: int) -> dict[str, torch.Tensor]:
     """Which targets stand under every attack, `[n]` bool by name."""
-    probe, graph, ctx = GraphEvasion(), graph_in(subject.model, "claim"), Context(seed=seed)
-    rows = evenly(len(subject.data.test), targets)
-    ids, labels = subject.data.test.inputs[rows], subject.data.test.targets[rows]
-    with still(subject.model) as model:
-        told = probe.single(model, graph, ids, labels, probe._views(subject, graph, ctx), ctx)
+    _, _, told = siege(subject, NodeThreat(), targets, "claim", derive(seed, "surrogate"), seeded(seed, "random"))
     return {name: torch.tensor([right for right, _ in rows]) for name, rows in told.items()}
 
 

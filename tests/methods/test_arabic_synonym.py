@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,12 @@ from cupel.core.steps import FitStep, build
 from cupel.core.types import Examples, TrainView
 from cupel.ops.lexicon import Lexicon, Words
 from cupel.ops.task_rows import TaskExamples
-from cupel.ops.word_attack import Language, attacked, with_found
+from cupel.ops.word_attack import Language, Study, attacked, swappable, with_found
 from cupel.ops.word_filters import both, content_of, form_of, meanings, same_form, script_of
 from cupel.ops.word_model import BLANK, NONE, Blanked, Blanks, word_model
 from cupel.ops.word_swaps import Course, Victim, at_random, by_importance, lawful, swapped
 from cupel.probes.robust.arabic_synonym import ArabicSynonym
+from cupel.probes.robust.evasion import Evasion
 from cupel.runner.bench import prepare
 from cupel.workloads.language.arabic_sentiment import ArabicSentiment
 from cupel.workloads.language.sentence_tasks import SentenceTasks
@@ -306,7 +309,7 @@ def test_an_unlawful_text_counts_as_it_was(moods: ArabicSentiment) -> None:
     assert isinstance(lexicon, Lexicon)
     probe = ArabicSynonym(similarity=-1.0, stop=2, epochs=1, dim=8)
     language = probe.study.language([lexicon.texts[k] for k in data.train.index.tolist()], 0, torch.Generator())
-    rows, texts = probe.chosen(data.test, lexicon, language.content, 20)
+    rows, texts = swappable(data.test, lexicon, language.content, 20, "test")
     victim = Victim(subject.model, subject.task, lexicon, torch.zeros(len(rows), 0))
 
     class Fickle(Language):
@@ -337,3 +340,17 @@ def test_english_runs_too() -> None:
     found = ArabicSynonym(examples=12, learn=8, epochs=1, dim=8, max_words=4).measure(subject, ctx)
     assert found["attacked_accuracy"].value <= found["clean_accuracy"].value
     assert found["attacked_accuracy"].count == 12 and found["queries"].value > 3
+
+
+def test_evasion_answers_on_texts_by_the_same_swaps(moods: ArabicSentiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, ctx = prepare(moods, [FitStep({"epochs": 6, "lr": 1e-2})])
+    monkeypatch.setattr("cupel.probes.robust.evasion.Study", partial(Study, fillers=8, similarity=-1.0, stop=2, dim=16))
+    told = Evasion(examples=20).measure(subject, ctx.child("p"))
+    own = ArabicSynonym(similarity=-1.0, stop=2, examples=20, learn=4, dim=16, fillers=8).measure(
+        subject, ctx.child("p")
+    )
+    swaps, control, clean = (own[f"{name}_accuracy"].value for name in ("attacked", "control", "clean"))
+    assert swaps + control - clean - 1e-9 <= told["robust_accuracy"].value <= min(swaps, control)
+    assert told["clean_accuracy"].value == own["clean_accuracy"].value > told["robust_accuracy"].value + 0.3
+    assert math.isnan(told["pgd"].value) and "20 texts, at most 1 words" in told.notes[0]
+    assert told.figures["swapped"]

@@ -16,9 +16,11 @@ from cupel.core.fit import fit
 from cupel.core.scorecard import Readings
 from cupel.core.steps import build
 from cupel.core.types import Subject
+from cupel.ops.ball_ensemble import ensemble
 from cupel.ops.labelled import evenly
 from cupel.ops.masking import Sign, beats, has_gradients, signs_of, zero_gradients
 from cupel.ops.square import square
+from cupel.ops.threats import Threat
 from cupel.probes.robust.evasion import Evasion
 from cupel.workloads.vision.digits_cnn import DigitsCnn
 
@@ -137,7 +139,7 @@ def test_pictures_are_real_adversarial_examples() -> None:
 
 
 def test_says_when_it_does_not_apply() -> None:
-    with pytest.raises(NotApplicable, match="range of the inputs"):
+    with pytest.raises(NotApplicable, match="inputs in a known range, node numbers of a graph or texts"):
         PROBE.measure(replace(plain(), bounds=None), Context())
     test = plain().data.test
     soft = plain().with_data(replace(plain().data, test=test.having(targets=torch.rand(len(test), 10))))
@@ -193,7 +195,7 @@ def test_thorough_goes_on_with_what_stands_and_never_helps_the_defender(monkeypa
     }
     long_notes = [note for note in long.notes if "nine targets" in note]
     assert len(long_notes) == 1 and ("queries" in long_notes[0]) == (long["masking_signs"].value > 0)
-    monkeypatch.setattr("cupel.probes.robust.evasion.QUERIES", 60)
+    monkeypatch.setattr("cupel.ops.ball_ensemble.QUERIES", 60)
     masked = found.measure(plain().with_model(Staircase(plain().model)), Context())
     assert any("60 queries" in note for note in masked.notes)
 
@@ -201,14 +203,13 @@ def test_thorough_goes_on_with_what_stands_and_never_helps_the_defender(monkeypa
 def test_inputs_without_a_gradient_are_asked_for_scores_and_others_only_if_more_shows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cupel.probes.robust.evasion.QUERIES", 9)
-    monkeypatch.setattr("cupel.probes.robust.evasion.LONG", 2)
+    monkeypatch.setattr("cupel.ops.ball_ensemble.QUERIES", 9)
+    monkeypatch.setattr("cupel.ops.ball_ensemble.LONG", 2)
     subject, some = plain(), torch.arange(20) % 4 == 0
     x = subject.data.test.inputs[:20]
     assert subject.bounds is not None
-    bench = replace(PROBE, steps=1, eps=1e-4)._bench(
-        subject.bounds, subject.model, subject.model, x, subject.model(x).argmax(1), Context()
-    )
+    threat = Threat("linf", 1e-4, subject.bounds, 1)
+    bench = ensemble(subject.model, x, subject.model(x).argmax(1), threat, 8, 4, Context().rng)
     first, other, none = Sign(True, ""), [*[Sign(False, "")] * 3, Sign(True, "")], [Sign(False, "")] * 4
     begun = {"square": bench.run("square", square, steps=1)}
     for signs, asked in (([first, *none], some), ([first, *other], some | True), ([Sign(False, ""), *none], None)):

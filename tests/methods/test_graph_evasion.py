@@ -27,10 +27,12 @@ from cupel.ops.edge_flips import (
     surrogate,
     unnoticed,
 )
+from cupel.ops.node_attack import NodeThreat, siege, stands
 from cupel.ops.node_graph import AlikeEdges, NodeGraph, listening, rewired
 from cupel.ops.relaxed_flips import Relaxed, fooling, into_budget, random_pairs, signs, steepest
 from cupel.ops.threats import margin
-from cupel.probes.robust.graph_evasion import GraphEvasion, stands
+from cupel.probes.robust.evasion import Evasion
+from cupel.probes.robust.graph_evasion import GraphEvasion
 
 torch.set_num_threads(1)
 
@@ -309,11 +311,8 @@ def test_a_filter_stops_who_does_not_know_it_and_the_adversary_wastes_nothing_on
     subject, ctx = bench(lens=True)  # only nodes with the same words may be linked
     found = GraphEvasion(rate=1, extra=4, share=0.1, stealthy=False, targets=8).measure(subject, ctx)
     assert any("AlikeEdges" in note for note in found.notes)
-    views = GraphEvasion()._views(subject, subject.model.graph, ctx)
-    assert set(views) == {"surrogate", "blind"} and subject.model.graph.lens is not None
-    told = GraphEvasion(rate=1, extra=4, stealthy=False).single(
-        subject.model, subject.model.graph, torch.tensor([12, 15]), torch.tensor([0, 1]), views, ctx
-    )
+    _, _, told = siege(subject, NodeThreat(1, 4, stealthy=False), 2, "test", 0, ctx.rng("random"))
+    assert {"surrogate", "blind"} < set(told) and subject.model.graph.lens is not None
     lens = subject.model.graph.lens
     for name in ("surrogate", "gradient"):
         for _, pairs in told[name]:
@@ -337,3 +336,13 @@ def test_inputs_that_are_no_nodes_are_refused():
     far = subject.with_data(replace(subject.data, train=wrong))
     with pytest.raises(NotApplicable, match="below 30"):
         GraphEvasion().measure(far, ctx)
+
+
+def test_evasion_answers_on_graphs_by_the_same_flips():
+    for lens in (False, True):
+        subject, ctx = bench(lens)
+        own = GraphEvasion(rate=1, extra=4, share=0).measure(subject, ctx)
+        told = Evasion(flips=4).measure(subject, ctx)
+        assert told["robust_accuracy"] == own["robust_accuracy"] and told["clean_accuracy"] == own["clean_accuracy"]
+        assert told["robust_accuracy"].value == (1.0 if lens else 0.0) and told.figures == own.figures
+        assert math.isnan(told["pgd"].value) and "1 x degree + 4" in told.notes[0]

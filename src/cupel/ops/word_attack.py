@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cupel.core.errors import NotApplicable
 from cupel.core.types import Examples, TrainView
 from cupel.ops.labelled import evenly
 from cupel.ops.lexicon import Lexicon, Words
@@ -120,10 +121,19 @@ def texts_of(data: Examples, lexicon: Lexicon) -> list[Words]:
     return [lexicon.texts.get(k, ()) for k in data.index.tolist()]
 
 
-def swappable(texts: Sequence[Words], content: Content, most: int) -> list[int]:
-    """Numbers of texts, evenly spread, of 30 to 300 letters with a word to swap; empty if there are none.
+def swappable(data: Examples, lexicon: Lexicon, content: Content, most: int, who: str) -> tuple[Tensor, list[Words]]:
+    """Rows of at most `most` texts (0: all), spread evenly, of 30 to 300 letters with a word to swap; and the texts.
+
+    Raises:
+        NotApplicable: there is none.
 
     Source: Alshahrani et al. 2024, section 4, for the lengths.
     """
-    fit = [k for k, t in enumerate(texts) if 30 <= sum(map(len, t)) <= 300 and content.places(t)]
-    return [fit[k] for k in evenly(len(fit), most).tolist()] if fit else []
+    told = texts_of(data, lexicon)
+    fit = [k for k, t in enumerate(told) if 30 <= sum(map(len, t)) <= 300 and content.places(t)]
+    if not fit:
+        raise NotApplicable(
+            f"{who} must have texts of 30 to 300 letters with words to swap; none of {len(told)} is. Give longer texts."
+        )
+    rows = [fit[k] for k in evenly(len(fit), most).tolist()]
+    return torch.tensor(rows), [told[k] for k in rows]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cupel.core import shelf
 from cupel.core.catalogue import Entry, entries, find
 from cupel.core.context import Context
 from cupel.core.errors import MissingData, PlanError
@@ -49,8 +50,9 @@ def _given_by(workload: str) -> frozenset[str]:
 
 
 def given_for(entry: Entry, workload: Entry) -> dict[str, GivenRun]:
-    """A network for every artefact that a method reads and the workload does not bring."""
-    wanted = [name for name in entry.card().reads if name not in workload.card().writes]
+    """A network for every artefact that a method reads, that is one, and that the workload does not bring."""
+    nets = {key.name for key in vars(shelf).values() if isinstance(key, shelf.Key) and key.kind is nn.Module}
+    wanted = [name for name in entry.card().reads if name in nets and name not in workload.card().writes]
     return {name: GivenRun(tiny(workload), [FitStep(ONE_EPOCH)]) for name in wanted}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cupel.core.context import Context, derive
@@ -17,7 +16,6 @@ from cupel.core.types import Examples, Subject
 from cupel.ops.labelled import judged_classes
 from cupel.ops.lexicon import Lexicon, Words
 from cupel.ops.word_attack import Attacked, Language, Study, attacked, swappable, texts_of, with_found
-from cupel.ops.word_filters import Content
 from cupel.ops.word_swaps import Victim
 
 CARD = Card(
@@ -91,7 +89,7 @@ class ArabicSynonym:
             raise NotApplicable("arabic-synonym must have texts as training examples; got others. Use it on texts.")
         known = [text for text in texts_of(train, lexicon) if text]
         language = self.study.language(known, derive(ctx.seed, *ctx.path), ctx.rng("meanings"))
-        rows, texts = self.chosen(subject.data.test, lexicon, language.content, self.examples)
+        rows, texts = swappable(subject.data.test, lexicon, language.content, self.examples, "arabic-synonym")
         labels, leads = subject.data.test.targets[rows], subject.data.test.inputs[rows, : lexicon.lead]
 
         def victim(of: Subject) -> Victim:
@@ -110,23 +108,12 @@ class ArabicSynonym:
     def study(self) -> Study:
         return Study(self.max_words, self.fillers, self.similarity, self.stop, self.epochs, self.dim, self.corpus)
 
-    def chosen(self, data: Examples, lexicon: Lexicon, content: Content, most: int) -> tuple[Tensor, list[Words]]:
-        """Rows of `data` whose text can be attacked, evenly spread, and the texts."""
-        told = texts_of(data, lexicon)
-        rows = swappable(told, content, most)
-        if not rows:
-            raise NotApplicable(
-                f"arabic-synonym must have texts of 30 to 300 letters with words to swap; none of {len(told)} is. "
-                "Give longer texts."
-            )
-        return torch.tensor(rows), [told[k] for k in rows]
-
     def lessons(
         self, subject: Subject, lexicon: Lexicon, language: Language, ctx: Context, control: bool = False
     ) -> tuple[Tensor, list[Words]]:
         """Rows of the training part whose attacked text fools the model, and these texts."""
         train: Examples = subject.data.train
-        rows, texts = self.chosen(train, lexicon, language.content, self.learn)
+        rows, texts = swappable(train, lexicon, language.content, self.learn, "arabic-synonym")
         victim = Victim(subject.model, subject.task, lexicon, train.inputs[rows, : lexicon.lead], ctx.device)
         done = attacked(victim, texts, train.targets[rows], language, ctx.rng("lessons") if control else None)
         won = (done.right & ~done.stands).nonzero().flatten()

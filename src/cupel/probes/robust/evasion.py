@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cupel.core.context import Context
+from cupel.core.context import Context, derive
 from cupel.core.errors import NotApplicable
 from cupel.core.params import param
 from cupel.core.protocols import Card
 from cupel.core.scorecard import Reading, Readings, exact, median_of, share
-from cupel.core.types import Bounds, Subject, still
-from cupel.ops.apgd import apgd
-from cupel.ops.attacks import fgsm, logits_ratio, pgd, tempered
-from cupel.ops.carlini import carlini
-from cupel.ops.eot import expected, is_random
-from cupel.ops.folding import folded
-from cupel.ops.labelled import labelled_inputs
-from cupel.ops.masking import Sign, has_gradients, signs_of, zero_gradients
-from cupel.ops.multi_target import multi_target
-from cupel.ops.panel import median_margin
+from cupel.core.shelf import LEXICON
+from cupel.core.types import Bounds, Examples, Subject, still
+from cupel.ops.ball_ensemble import Ensemble, ensemble
+from cupel.ops.labelled import evenly, judged_classes, labelled_inputs
+from cupel.ops.lexicon import Lexicon
+from cupel.ops.masking import Sign, beats
+from cupel.ops.node_attack import NodeThreat, fallen, holding, masked, siege
+from cupel.ops.node_graph import NodeGraph
 from cupel.ops.projections import size_of
-from cupel.ops.square import square
-from cupel.ops.threats import Attack, Model, Outcome, Tally, Threat, attacked
+from cupel.ops.threats import Outcome, Threat
+from cupel.ops.word_attack import Study, attacked, swappable, texts_of
+from cupel.ops.word_swaps import Victim
 
 CARD = Card(
     name="evasion",
@@ -34,15 +33,13 @@ CARD = Card(
     source="F. Croce, M. Hein, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse "
     "Parameter-free Attacks, ICML 2020, arXiv 2003.01690; masking: A. Athalye, N. Carlini, D. Wagner, Obfuscated "
     "Gradients Give a False Sense of Security, ICML 2018, arXiv 1802.00420",
-    tags=("evasion", "adversarial", "fgsm", "pgd", "apgd", "carlini-wagner", "square", "gradient masking"),
-    needs=("classes", "bounded"),
+    tags=("evasion", "adversarial", "fgsm", "pgd", "apgd", "square", "gradient masking", "images", "graphs", "text"),
+    needs=("classes",),
+    reads=("lexicon",),
     readings=("robust_accuracy", "clean_accuracy", "fgsm", "pgd", "apgd", "square", "cw_l2_median", "masking_signs"),
     ordered={"robust_accuracy": "trained"},
     tiny={"eps": 0.02, "examples": 24, "steps": 4, "queries": 8, "cw_examples": 4},
 )
-LONG, QUERIES = 100, 5000  # AutoAttack's steps of a run, and its queries
-DRAWS = 20  # forwards that answer for a network that draws at random
-PER_STEP = 4  # of them in one step of an attack: its many steps average the rest
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,15 @@ class Evasion:
     clipped into ball and box. `masking_signs` counts how many of five signs of hidden gradients show; the
     notes name them. T is the median margin of the clean inputs that are labelled rightly.
 
-    Shapes: inputs `[N, ...]` floats within the subject's bounds, logits `[N, K]`.
+    On the nodes of a graph, degree + `flips` edges of a node are flipped by all attacks of `graph-evasion` on single
+    nodes; in texts, `words` words are swapped as `arabic-synonym` does, by importance and at random, after a
+    language model has read the training texts. One sign is looked for there: an adversary who knows less fools more.
+
+    Shapes: inputs `[N, ...]` floats within the subject's bounds, node numbers `[N]`, or texts; logits `[N, K]`.
 
     Raises:
-        NotApplicable: inputs have no bounds, are no float tensor or have no single class; outputs are no scores.
+        NotApplicable: inputs are none of these, or have no single class; outputs are no scores; no text of 30 to 300
+            letters has a word to swap.
 
     Source: Croce and Hein 2020 for the ensemble; Athalye et al. 2018 for the signs; FGSM, PGD, C&W and
     Square as cited in `cupel.ops`.
@@ -86,162 +88,137 @@ class Evasion:
     levels: int = param(
         0, "values a stored input can take (256: 8 bits), which attacked ones are rounded to; 0: any", ge=0
     )
+    flips: int = param(2, "edges flipped at a node beyond its degree, on graphs", ge=0)
+    words: int = param(1, "most words swapped in a text", ge=1)
 
     def measure(self, subject: Subject, ctx: Context) -> Readings:
-        bounds, x, y = self._inputs(subject, ctx)
+        judged_classes(subject, "evasion")
+        lexicon = ctx.shelf.get(LEXICON) if LEXICON in ctx.shelf else None
+        if subject.bounds is not None:
+            return self.ball(subject, subject.bounds, ctx)
+        if any(isinstance(part, NodeGraph) for part in subject.model.modules()):
+            return self.edges(subject, ctx)
+        if isinstance(lexicon, Lexicon) and isinstance(subject.data.train, Examples):
+            return self.texts(subject, subject.data.train, lexicon, ctx)
+        raise NotApplicable(
+            "evasion must get inputs in a known range, node numbers of a graph or texts; this workload gives none. "
+            "Set its bounds."
+        )
+
+    def ball(self, subject: Subject, bounds: Bounds, ctx: Context) -> Readings:
+        """Inputs moved inside a norm ball."""
+        x, y = (part.to(ctx.device) for part in labelled_inputs(subject, "evasion"))
+        rows = evenly(len(y), self.examples).to(ctx.device)
+        threat = Threat(self.norm, self.eps, bounds, self.steps, levels=self.levels)
         with still(subject.model) as model, ctx.scope("attacks"):
-            if has_gradients(model, x[:2]):
-                bench = self._bench(bounds, model, folded(model, x[:16]), x, y, ctx)
-                found, signs, zero = bench.white_box()
-                found |= bench.further(found, signs, zero) if self.thorough else {}
-            else:
-                bench = self._bench(bounds, model, model, x, y, ctx)
-                found = {"square": bench.run("square", square, steps=4 * self.queries)}
-                signs = [Sign(True, "the model has no input gradients, so scores alone were used")]
-            return bench.readings(found, signs)
+            bench = ensemble(model, x[rows], y[rows], threat, self.queries, self.cw_examples, ctx.rng)
+            return self._moved(bench, *bench.found(self.thorough))
 
-    def _bench(self, bounds: Bounds, model: Model, quick: Model, x: Tensor, y: Tensor, ctx: Context) -> _Bench:
-        if not is_random(model, x[:16]):
-            return _Bench(self, bounds, model, quick, x, y, ctx, random=False)
-        return _Bench(self, bounds, expected(model, DRAWS), expected(quick, PER_STEP), x, y, ctx, random=True)
+    def edges(self, subject: Subject, ctx: Context) -> Readings:
+        """Nodes some of whose edges are flipped."""
+        threat = NodeThreat(extra=self.flips)
+        seed = derive(ctx.seed, *ctx.path, "surrogate")
+        ids, labels, told = siege(subject, threat, self.examples, "evasion", seed, ctx.rng("random"))
+        hold = holding(told)
+        notes = [f"{len(ids)} nodes, {threat}: {', '.join(name for name in told if name != 'clean')}"]
+        if masked(hold):
+            notes.append("sign of masked gradients: a surrogate clearly fools more nodes than the network's own slope")
+        return worst_of(hold, notes, int(masked(hold)), {"flipped": fallen(told, ids, labels)})
 
-    def _inputs(self, subject: Subject, ctx: Context) -> tuple[Bounds, Tensor, Tensor]:
-        if subject.bounds is None:
-            raise NotApplicable("evasion must know the range of the inputs; this workload gives none. Set its bounds.")
-        x, y = labelled_inputs(subject, "evasion")
-        rows = torch.linspace(0, len(y) - 1, min(self.examples or len(y), len(y))).round().long().unique()
-        return subject.bounds, x[rows].to(ctx.device), y[rows].to(ctx.device)
+    def texts(self, subject: Subject, train: Examples, lexicon: Lexicon, ctx: Context) -> Readings:
+        """Texts some of whose words are swapped."""
+        known = [text for text in texts_of(train, lexicon) if text]
+        language = Study(most=self.words).language(known, derive(ctx.seed, *ctx.path), ctx.rng("meanings"))
+        data = subject.data.test
+        rows, texts = swappable(data, lexicon, language.content, self.examples, "evasion")
+        victim = Victim(subject.model, subject.task, lexicon, data.inputs[rows, : lexicon.lead], ctx.device)
+        swaps = attacked(victim, texts, data.targets[rows], language)
+        control = attacked(victim, texts, data.targets[rows], language, ctx.rng("control"))
+        hold = {"clean": swaps.right, "words": swaps.stands, "random": control.stands}
+        fell = (swaps.right & ~swaps.stands).nonzero().flatten().tolist()[:6]
+        shown = [{"before": " ".join(swaps.courses[k].before), "after": " ".join(swaps.courses[k].now)} for k in fell]
+        notes = [
+            f"{len(texts)} texts, at most {self.words} words swapped in each, one run: by importance, and at random",
+            f"{sum(swaps.queries) / len(texts):.0f} queries a text; no gradients are asked for",
+        ]
+        weak = beats(~control.stands, ~swaps.stands)
+        if weak:
+            notes.append("sign of a misled attack: random swaps clearly fool more texts than ranked ones")
+        return worst_of(hold, notes, int(weak), {"swapped": shown})
 
-
-@dataclass(frozen=True)
-class _Bench:
-    """One model under attack."""
-
-    p: Evasion
-    bounds: Bounds
-    model: Model
-    quick: Model  # the same, and faster
-    x: Tensor
-    y: Tensor
-    ctx: Context
-    random: bool
-
-    def run(self, name: str, attack: Attack, rows: Tensor | None = None, **changes: float) -> Outcome:
-        """The outcome on all inputs; those not among `rows` were left alone, and count as standing."""
-        p = self.p
-        threat = replace(Threat(p.norm, p.eps, self.bounds, p.steps, levels=p.levels), **changes)  # type: ignore[arg-type]
-        if rows is None:
-            return attacked(attack, self.model, self.x, self.y, threat, self.ctx.rng(name), fast=self.quick)
-        part = attacked(attack, self.model, self.x[rows], self.y[rows], threat, self.ctx.rng(name), fast=self.quick)
-        nowhere = torch.zeros(len(self.y), dtype=torch.bool, device=self.y.device)
-        whole = Outcome(self.x.clone(), nowhere, nowhere.clone(), Tally.of(len(self.y)))
-        whole.x[rows], whole.fooled[rows], whole.clean[rows] = part.x, part.fooled, part.clean
-        whole.tally.add_at(rows.cpu(), part.tally)
-        return whole
-
-    def white_box(self) -> tuple[dict[str, Outcome], list[Sign], Tensor]:
-        """Every attack of the ensemble by name, the signs of masking, and which inputs have no gradient, `[N]`."""
-        cooled = partial(tempered, temperature=median_margin(self.model, self.x, self.y))
-        side = self.bounds.high - self.bounds.low
-        far = side if self.p.norm == "linf" else side * math.sqrt(self.x[0].numel())
-        found = {
-            "fgsm": self.run("fgsm", fgsm),
-            "pgd": self.run("pgd", pgd),
-            "rescaled": self.run("rescaled", partial(pgd, loss=cooled)),
-            "apgd": self.run("apgd", apgd),
-            "apgd-dlr": self.run("apgd-dlr", partial(apgd, loss=logits_ratio)),
-            "square": self.run("square", square, steps=self.p.queries),
-            "cw": self.run("cw", carlini, torch.arange(min(self.p.cw_examples, len(self.y))), steps=50, eps=math.inf),
-        }
-        unbounded = self.run("unbounded", pgd, eps=far)
-        zero = zero_gradients(self.quick, self.x, self.y) & found["pgd"].clean
-        fooled = {name: outcome.fooled for name, outcome in found.items()}
-        many = fooled["pgd"] | fooled["apgd"]  # all that many steps on the network's own loss can do
-        signs = signs_of(zero, fooled["fgsm"], many, fooled["square"], unbounded.fooled, fooled["rescaled"])
-        return found, signs, zero
-
-    def further(self, found: dict[str, Outcome], signs: list[Sign], zero: Tensor) -> dict[str, Outcome]:
-        """Longer attacks on what every attack before left standing."""
-        more: dict[str, Outcome] = {}
-        plans: list[tuple[str, Attack, int]] = [("targets", multi_target, LONG), ("restart", apgd, LONG)]
-        if any(sign.shows for sign in signs):  # where gradients can be believed, scores alone find nothing more
-            plans.append(("square-long", square, QUERIES))
-        blind = zero | any(sign.shows for sign in signs[1:])  # the first sign is of each input for itself
-        for name, attack, steps in plans:
-            fallen = torch.stack([self._within(outcome) for outcome in (found | more).values()]).any(0)
-            rows = (~fallen & blind if name == "square-long" else ~fallen).nonzero().flatten()
-            more[name] = self.run(name, attack, rows, steps=max(steps, self.p.steps))
-        return more
-
-    def readings(self, found: dict[str, Outcome], signs: list[Sign]) -> Readings:
-        within = {name: self._within(outcome) for name, outcome in found.items()}
+    def _moved(self, bench: Ensemble, found: dict[str, Outcome], signs: list[Sign]) -> Readings:
+        within = {name: bench.within(outcome) for name, outcome in found.items()}
         worst = torch.stack(list(within.values())).any(dim=0)
         clean = found["square"].clean
-        n = len(self.y)
+        n = len(bench.y)
 
         def stays(*names: str) -> Reading:
             here = [within[name] for name in names if name in within]
             return share(int((~torch.stack(here).any(dim=0)).sum()), n) if here else share(0, 0)
 
         shown = [sign.words for sign in signs if sign.shows]
-        gradients, queries = (
-            sum(float(getattr(o.tally, kind).sum()) for o in found.values()) / n for kind in ("gradients", "queries")
-        )
-        notes = [f"{n} inputs, {self.p.norm} ball of radius {self.p.eps:g}"]
-        notes.append(f"{gradients:.0f} gradients and {queries:.0f} further forwards per input")
-        if self.random:
-            notes.append(f"the network answers at random: judged by the mean log-probability of {DRAWS} draws")
-        if "targets" in found:
-            long = f" and {QUERIES} queries" if "square-long" in found else ""
-            notes.append(f"what stood met {LONG} auto-steps towards nine targets, a restart{long}")
+        notes = bench.spent(found)
         notes += [f"sign of masked gradients: {words}" for words in shown]
         if shown:
             notes.append("with masked gradients the robust accuracy is an upper bound that other attacks may lower")
         return Readings.of(
             notes=notes,
-            figures={"adversarial": self._pictures(found)},
+            figures={"adversarial": _pictures(bench, found)},
             robust_accuracy=share(int((~worst).sum()), n),
             clean_accuracy=share(int(clean.sum()), n),
             fgsm=stays("fgsm"),
             pgd=stays("pgd"),
             apgd=stays("apgd", "apgd-dlr"),
             square=stays("square"),
-            cw_l2_median=self._median(found.get("cw")),
+            cw_l2_median=_median(bench, found.get("cw")),
             masking_signs=exact(len(shown), "signs", "lower"),
         )
 
-    def _within(self, outcome: Outcome) -> Tensor:
-        """`[N]` bool: fooled inside the ball; a distance-minimising attack counts where it stayed inside."""
-        return outcome.fooled & (size_of(outcome.x - self.x, self.p.norm) <= self.p.eps * (1 + 1e-4))
 
-    def _median(self, outcome: Outcome | None) -> Reading:
-        """Median distance to the nearest adversarial input: 0 where the model errs anyway, the diameter for none."""
-        if outcome is None:
-            return Reading(math.nan, "l2", "higher", 0)
-        longest = (self.bounds.high - self.bounds.low) * math.sqrt(self.x[0].numel())
-        count = min(self.p.cw_examples, len(self.y))
-        far = size_of(outcome.x - self.x, "l2")[:count]
-        far = torch.where(outcome.fooled[:count], far, torch.full_like(far, longest))
-        return median_of(far.tolist(), "l2", "higher")
+def worst_of(hold: Mapping[str, Tensor], notes: list[str], signs: int, figures: dict[str, object]) -> Readings:
+    """Readings where there is no ball: who stands under every attack of `hold`, `[N]` bool by name."""
+    n = len(hold["clean"])
+    single = {name: share(0, 0) for name in ("fgsm", "pgd", "apgd", "square")}
+    return Readings.of(
+        notes,
+        figures,
+        robust_accuracy=share(int(torch.stack(list(hold.values())).all(0).sum()), n),
+        clean_accuracy=share(int(hold["clean"].sum()), n),
+        cw_l2_median=Reading(math.nan, "l2", "higher", 0),
+        masking_signs=exact(signs, "signs", "lower"),
+        **single,
+    )
 
-    def _pictures(self, found: dict[str, Outcome]) -> list[dict[str, object]]:
-        """Up to six small images before and after, of different classes where possible."""
-        if self.x.ndim != 4 or self.x[0].numel() > 4096:
-            return []
-        outcome = found["apgd"] if "apgd" in found else found["square"]
-        rows = (outcome.fooled & outcome.clean).nonzero().flatten().tolist()
-        first = {int(self.y[row]): row for row in reversed(rows)}
-        chosen = sorted({*first.values()} | set(rows[: 6 - len(first)] if len(first) < 6 else []))[:6]
-        if not chosen:
-            return []
-        with torch.no_grad():
-            reads = self.model(outcome.x[chosen]).argmax(1).tolist()
 
-        def grid(image: Tensor) -> list[object]:
-            return [[[round(v, 3) for v in line] for line in plane] for plane in image.cpu().tolist()]
+def _median(bench: Ensemble, outcome: Outcome | None) -> Reading:
+    """Median distance to the nearest adversarial input: 0 where the model errs anyway, the diameter for none."""
+    if outcome is None:
+        return Reading(math.nan, "l2", "higher", 0)
+    longest = (bench.threat.bounds.high - bench.threat.bounds.low) * math.sqrt(bench.x[0].numel())
+    count = min(bench.nearest, len(bench.y))
+    far = size_of(outcome.x - bench.x, "l2")[:count]
+    far = torch.where(outcome.fooled[:count], far, torch.full_like(far, longest))
+    return median_of(far.tolist(), "l2", "higher")
 
-        keys = ("clean", "adversarial", "label", "read_as")
-        return [
-            dict(zip(keys, (grid(self.x[row]), grid(outcome.x[row]), int(self.y[row]), read), strict=True))
-            for row, read in zip(chosen, reads, strict=True)
-        ]
+
+def _pictures(bench: Ensemble, found: dict[str, Outcome]) -> list[dict[str, object]]:
+    """Up to six small images before and after, of different classes where possible."""
+    if bench.x.ndim != 4 or bench.x[0].numel() > 4096:
+        return []
+    outcome = found["apgd"] if "apgd" in found else found["square"]
+    rows = (outcome.fooled & outcome.clean).nonzero().flatten().tolist()
+    first = {int(bench.y[row]): row for row in reversed(rows)}
+    chosen = sorted({*first.values()} | set(rows[: 6 - len(first)] if len(first) < 6 else []))[:6]
+    if not chosen:
+        return []
+    with torch.no_grad():
+        reads = bench.model(outcome.x[chosen]).argmax(1).tolist()
+
+    def grid(image: Tensor) -> list[object]:
+        return [[[round(v, 3) for v in line] for line in plane] for plane in image.cpu().tolist()]
+
+    keys = ("clean", "adversarial", "label", "read_as")
+    return [
+        dict(zip(keys, (grid(bench.x[row]), grid(outcome.x[row]), int(bench.y[row]), read), strict=True))
+        for row, read in zip(chosen, reads, strict=True)
+    ]
