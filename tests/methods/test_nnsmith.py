@@ -23,6 +23,7 @@ from cupel.ops.isolated import isolated
 from cupel.ops.minimising import minimised
 from cupel.ops.operator_specs import operators
 from cupel.ops.tensor_graph import Call, Graph, Type, module_of, recorded_types, shapes_hold
+from cupel.testing.fuzz_targets import by_cards, trainable
 from cupel.testing.planted import optimised
 
 pytest.importorskip("z3")
@@ -295,3 +296,22 @@ def test_jobs_go_on_where_they_ended_and_stop_in_time() -> None:
 def test_refuses_operators_it_does_not_know() -> None:
     with pytest.raises(PlanError, match="Did you mean 'conv2d'"):
         NNSmith(only=("conv2",)).run(FuzzJob(()), CTX)
+
+
+class HeldFigures(nn.Module):
+    """Its weights are the running statistics of a norm, which torch does not differentiate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.var = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.mean, self.var)
+
+
+def test_what_cannot_be_trained_at_all_is_refused_and_no_crash() -> None:
+    x = torch.randn(4, 3)
+    target = next(t for t in by_cards() if t.name == "jacobian-ensembles-tiny")
+    with pytest.raises(PlanError, match="passes no gradient to its weights"):
+        target.make(HeldFigures().eval(), (x,))
+    assert trainable(nn.Linear(3, 2), x) and not trainable(HeldFigures().eval(), x)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from cupel.core import errors
 from cupel.core.catalogue import entries, make
 from cupel.core.context import Context
-from cupel.core.errors import CupelError
+from cupel.core.errors import CupelError, PlanError
 from cupel.core.protocols import FORMS, applies
 from cupel.core.steps import apply
 from cupel.core.tasks import Classification
@@ -99,9 +99,24 @@ def subject_of(net: nn.Module, x: Tensor) -> Subject:
 
 def _technique(name: str, params: Mapping[str, Any]) -> Callable[[fx.GraphModule, Inputs], Run]:
     def run(net: fx.GraphModule, x: Inputs) -> Run:
-        return apply(make("technique", name, dict(params)), subject_of(net, x[0])).model
+        try:
+            return apply(make("technique", name, dict(params)), subject_of(net, x[0])).model
+        except RuntimeError:
+            if trainable(net, x[0]):
+                raise
+            raise PlanError("the network itself passes no gradient to its weights") from None
 
     return run
+
+
+def trainable(net: nn.Module, x: Tensor) -> bool:
+    """Whether a plain backward reaches the weights: some are running statistics, which torch refuses."""
+    twin = copy.deepcopy(net)
+    try:
+        torch.autograd.grad(twin(x).sum(), list(twin.parameters()), allow_unused=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _stored(net: fx.GraphModule, x: Inputs) -> Run:
