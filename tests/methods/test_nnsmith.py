@@ -17,7 +17,7 @@ from cupel.engines.nnsmith import NNSmith
 from cupel.ops.differential import Target, gap_of, judged, steady
 from cupel.ops.finite_inputs import finite_inputs, sampled_inputs, violation
 from cupel.ops.fuzzing import FuzzJob, case_of, start_of
-from cupel.ops.graph_growth import Growth, grown
+from cupel.ops.graph_growth import Garden, Growth, grown
 from cupel.ops.graph_resizing import smaller_sizes
 from cupel.ops.isolated import isolated
 from cupel.ops.minimising import minimised
@@ -50,6 +50,20 @@ def test_grown_graphs_run_with_the_types_that_were_foretold(rows: bool) -> None:
         }
         used |= {c.op for c in graph.calls}
     assert len(used) > 15
+
+
+def test_a_solver_that_gives_up_at_the_end_leaves_sizes_that_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = Garden._keep
+
+    def tire(self: Garden, bins: list) -> None:
+        keep(self, bins)
+        self.solver.set("rlimit", 1)  # no effort is left for the last check
+
+    monkeypatch.setattr(Garden, "_keep", tire)
+    for seed in range(4):
+        graph = grown(Growth(nodes=6, rows=True), seed)
+        assert shapes_hold(graph)
+        module_of(graph, seed=seed)(*start_of(graph, seed))
 
 
 def test_a_network_of_rows_gives_every_row_for_itself() -> None:

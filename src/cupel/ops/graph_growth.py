@@ -60,6 +60,7 @@ class Garden:
         self.solver = self.z3.Solver(ctx=self.context)
         self.solver.set("rlimit", EFFORT)
         self.solver.set("random_seed", self.draw.randrange(1 << 30))
+        self.sizes: Any = None  # the solver's last ones
 
     def plant(self, like: tuple[list[int], str] | None = None) -> None:
         """The first input; `like` gives its sizes and type."""
@@ -183,6 +184,7 @@ class Garden:
         self.solver.push()
         self.solver.add(*(c for c in conditions if c is not True))
         if self.solver.check() == self.z3.sat:
+            self.sizes = self.solver.model()
             return True
         self.solver.pop()
         return False
@@ -219,8 +221,8 @@ class Garden:
         bins = [binned(s, low, high, self.draw, self.z3) for s, low, high in self.symbols if s.get_id() in used]
         self.draw.shuffle(bins)
         self._keep(bins)
-        self.solver.check()
-        model = self.solver.model()
+        # What held when it was added may be beyond the solver's effort now; the sizes it found then still hold.
+        model = self.solver.model() if self.solver.check() == self.z3.sat else self.sizes
 
         def number(size: Any) -> int:
             return size if isinstance(size, int) else model.eval(size, model_completion=True).as_long()
