@@ -30,7 +30,7 @@ CARD = Card(
     gives=("weights", "gradients", "members", "classes", "words"),
     writes=("lexicon",),
     expects="not published for this split without pre-trained vectors; the largest class is 0.51 of the test part",
-    tiny={"dim": 8, "hidden": 8, "words": 12, "vocabulary": 512, "examples": 64},
+    tiny={"dim": 8, "hidden": 8, "words": 12, "vocabulary": 512, "examples": 64, "dropout": 0.0},
 )
 
 
