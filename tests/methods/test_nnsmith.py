@@ -62,14 +62,13 @@ def test_a_solver_that_gives_up_at_the_end_leaves_sizes_that_hold(monkeypatch: p
             return None
 
     def tire(self: Garden, bins: list) -> None:
+        monkeypatch.setattr(Garden, "_keep", keep)
         keep(self, bins)
         self.solver = Tired()
 
     def last(self: Garden) -> Graph:
         monkeypatch.setattr(Garden, "_keep", tire)
-        found = harvest(self)
-        monkeypatch.setattr(Garden, "_keep", keep)
-        return found
+        return harvest(self)
 
     monkeypatch.setattr(Garden, "harvest", last)
     for seed in range(4):
