@@ -352,5 +352,5 @@ def test_evasion_answers_on_texts_by_the_same_swaps(moods: ArabicSentiment, monk
     swaps, control, clean = (own[f"{name}_accuracy"].value for name in ("attacked", "control", "clean"))
     assert swaps + control - clean - 1e-9 <= told["robust_accuracy"].value <= min(swaps, control)
     assert told["clean_accuracy"].value == own["clean_accuracy"].value > told["robust_accuracy"].value + 0.3
-    assert math.isnan(told["pgd"].value) and "20 texts, at most 1 words" in told.notes[0]
+    assert math.isnan(told["pgd"].value) and "20 texts, one word swapped" in told.notes[0]
     assert told.figures["swapped"]

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from cupel.core.scorecard import Reading, Readings, difference, exact, mean_of, median_of, over_seeds, share, t95
-from cupel.report.words import best, number, worse
+from cupel.report.words import best, number, rows_of, rows_shown, worse
 from cupel.runner.gate import judge
 from cupel.runner.recipe import recipe_of
 
@@ -125,3 +125,12 @@ def test_numbers_are_short() -> None:
 def test_readings_take_short_forms() -> None:
     r = Readings.of(a=(3, "params"), b=share(1, 2))
     assert r["a"].low == 3 and r["b"].value == 0.5 and list(r) == ["a", "b"]
+
+
+def test_readings_without_any_value_are_not_shown_and_not_lost() -> None:
+    both, never = {"value": 0.5}, {"value": None}
+    readings = [{"a": both, "b": never, "c": never}, {"a": both, "b": both, "c": never}]
+    variants = {str(k): {"probes": {"p": {"readings": r}}} for k, r in enumerate(readings)}
+    told = {"recipe": {"probes": ["p"]}, "variants": variants}
+    assert [name for _, name, _ in rows_of(told)] == ["a", "b", "c"]
+    assert [name for _, name, _ in rows_shown(told)] == ["a", "b"]

@@ -51,7 +51,7 @@
       el("caption", {}, caption),
       el("thead", {}, el("tr", {}, head.map((h) => el("th", { scope: "col" }, h)))),
       el("tbody", {}, rows.map(([first, ...rest]) =>
-        el("tr", {}, el("th", { scope: "row" }, cupel.exact(first)), rest.map((c) => el("td", {}, c instanceof Node ? c : cupel.exact(c))))))));
+        el("tr", {}, el("th", { scope: "row" }, first instanceof Node ? first : cupel.exact(first)), rest.map((c) => el("td", {}, c instanceof Node ? c : cupel.exact(c))))))));
 
   const waiting = new Map();
   const seen = new IntersectionObserver((entries) => {

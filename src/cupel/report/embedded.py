@@ -9,7 +9,7 @@ from typing import Any
 
 from cupel.report.figures import curves_of, figures_of, fit_into
 from cupel.report.kinds import short
-from cupel.report.words import label, rows_of, variants_of
+from cupel.report.words import label, rows_shown, variants_of
 
 
 def data_of(card: Mapping[str, Any], room: int = 1_000_000) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def data_of(card: Mapping[str, Any], room: int = 1_000_000) -> dict[str, Any]:
         "variants": names,
         "baseline": card["baseline"],
         "seeds": card["seeds"],
-        "readings": [_reading(probe, name, cells, names) for probe, name, cells in rows_of(card)],
+        "readings": [_reading(probe, name, cells, names) for probe, name, cells in rows_shown(card)],
         "curves": curves_of(card),
         "lacks": [],
     }

@@ -40,16 +40,16 @@
     return cupel.table({ caption: `${figure.probe}: ${figure.name}`, head: ["", ...shown], rows: keys.map((k) => [k, ...maps.map((m) => { const v = m.get(k); return typeof v === "boolean" ? (v ? "yes" : "no") : v; })]) });
   }
 
+  const tops = (figure) => cupel.mostOf(Object.keys(figure.by).map((name) => content(figure, name)));
+  const helps = (figure) => HELP[figure.kind] && (figure.kind !== "records" || tops(figure).some((top) => top > 0)); // no bars, no word of them
+
   const MAKERS = {
     lines, dots, facts,
     confusion: (figure, shown) => panels(figure, shown, cupel.confusion),
     reliability: (figure, shown, order) => panels(figure, shown, (c, name) => cupel.reliability(c, name, order.indexOf(name))),
     images: (figure, shown) => panels(figure, shown, cupel.images),
     heat: (figure, shown) => panels(figure, shown, cupel.heat),
-    records: (figure, shown) => {
-      const most = cupel.mostOf(Object.keys(figure.by).map((name) => content(figure, name)));
-      return panels(figure, shown, (c, name) => cupel.records(c, name, most));
-    },
+    records: (figure, shown) => panels(figure, shown, (c, name) => cupel.records(c, name, tops(figure))),
     pathways: (figure, shown) => panels(figure, shown, cupel.pathways),
     listing: (figure, shown) => panels(figure, shown, (c, name) => told(name, c.text)),
   };
@@ -68,7 +68,7 @@
   cupel.figureOf = (figure, shown, order) => {
     const drawn = shown.filter((name) => figure.by[name]), notes = [];
     const absent = (names, words) => { const here = names.filter((n) => shown.includes(n)); if (here.length) notes.push(el("p", { class: "note" }, `${words}: ${some(here)}.`)); };
-    if (drawn.length && HELP[figure.kind]) notes.push(el("p", { class: "note" }, HELP[figure.kind]));
+    if (drawn.length && helps(figure)) notes.push(el("p", { class: "note" }, HELP[figure.kind]));
     absent(figure.none, "Nothing to show for");
     absent(figure.left, "Only in scorecard.json, to keep this page small");
     let made = null;

@@ -129,7 +129,9 @@
       const text = typeof v === "string" && v.includes("\n") ? el("pre", {}, v) : typeof v === "number" && !Number.isInteger(v) ? String(+v.toPrecision(4)) : exact(v);
       return most[k] > 0 && typeof v === "number" ? el("span", { class: "bar", style: `--part: ${((100 * Math.max(0, v)) / most[k]).toFixed(1)}%` }, text) : text;
     };
-    const cells = (row) => [row[0], ...row.slice(1).map((v, k) => { const c = bar(v, k + 1); return c instanceof Node ? c : document.createTextNode(c); })];
+    const long = (v) => typeof v === "string" && v.length > 40 && !v.includes("\n");
+    const cell = (v, k) => (long(v) ? el("span", { class: "sentence", dir: "auto" }, v) : k ? bar(v, k) : v);
+    const cells = (row) => row.map(cell).map((c, k) => (c instanceof Node || !k ? c : document.createTextNode(c)));
     return el("div", { class: "panel broad" }, cupel.table({ caption: name, head: columns, rows: rows.map(cells), kind: "records" }));
   };
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from cupel.report.words import best, label, number, rows_of, spread, variants_of, worse
+from cupel.report.words import best, label, number, rows_shown, spread, variants_of, worse
 
 ACROSS = 8  # variants that stand side by side; more stand below each other
 BARE = 24  # variants from which on a cell is text alone: half the boxes, half the time to sort
@@ -23,7 +23,7 @@ _MARKS = (
 
 def readings_table(card: Mapping[str, Any]) -> str:
     """The whole table; cells carry no tooltips, the page's script takes details from the embedded data."""
-    rows, names = rows_of(card), variants_of(card)
+    rows, names = rows_shown(card), variants_of(card)
     made = _upright(rows, names, card) if len(names) <= ACROSS else _lying(rows, names, card)
     caption = _CAPTION + (_MARKS.format(baseline=html.escape(card["baseline"])) if len(names) > 1 else "")
     layout = "variants-across" if len(names) <= ACROSS else "variants-down"

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cupel.report.compare import beyond
-from cupel.report.words import best, number, remarks_of, rows_of, spoken, spread, variants_of, worse
+from cupel.report.words import best, number, remarks_of, rows_shown, spoken, spread, variants_of, worse
 
 AT_ONCE = 4  # variants side by side in 80 columns
 HEADLINES = 4  # readings of a probe shown without `every`
@@ -36,7 +36,7 @@ def _table(card: Mapping[str, Any], names: list[str], every: bool) -> Table:
     for name in names:
         table.add_column(name, justify="right", width=14, overflow="fold")
     shown: dict[str, int] = {}
-    for probe, reading, cells in rows_of(card):
+    for probe, reading, cells in rows_shown(card):
         shown[probe] = shown.get(probe, 0) + 1
         if shown[probe] == 1:
             table.add_row(Text(probe, style="bold"))

@@ -115,6 +115,11 @@ def rows_of(card: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Mapping[s
     return found
 
 
+def rows_shown(card: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Mapping[str, Any]]]]:
+    """`rows_of` without readings that no variant has a value of."""
+    return [row for row in rows_of(card) if any(cell["value"] is not None for cell in row[2].values())]
+
+
 def probes_of(card: Mapping[str, Any]) -> list[str]:
     """Names of the probes in the order of the recipe."""
     probes = list(next(iter(card["variants"].values()))["probes"])

@@ -135,10 +135,11 @@ class Evasion:
         swaps = attacked(victim, texts, data.targets[rows], language)
         control = attacked(victim, texts, data.targets[rows], language, ctx.rng("control"))
         hold = {"clean": swaps.right, "words": swaps.stands, "random": control.stands}
+        some = "one word" if self.words == 1 else f"up to {self.words} words"
         fell = (swaps.right & ~swaps.stands).nonzero().flatten().tolist()[:6]
         shown = [{"before": " ".join(swaps.courses[k].before), "after": " ".join(swaps.courses[k].now)} for k in fell]
         notes = [
-            f"{len(texts)} texts, at most {self.words} words swapped in each, one run: by importance, and at random",
+            f"{len(texts)} texts, {some} swapped in each, one run: by importance, and at random",
             f"{sum(swaps.queries) / len(texts):.0f} queries a text; no gradients are asked for",
         ]
         weak = beats(~control.stands, ~swaps.stands)
