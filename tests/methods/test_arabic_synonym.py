@@ -22,7 +22,7 @@ from cupel.core.steps import FitStep, build
 from cupel.core.types import Examples, TrainView
 from cupel.ops.lexicon import Lexicon, Words
 from cupel.ops.task_rows import TaskExamples
-from cupel.ops.word_attack import Language, Study, attacked, swappable, with_found
+from cupel.ops.word_attack import Attacked, Language, Study, attacked, swappable, with_found
 from cupel.ops.word_filters import both, content_of, form_of, meanings, same_form, script_of
 from cupel.ops.word_model import BLANK, NONE, Blanked, Blanks, word_model
 from cupel.ops.word_swaps import Course, Victim, at_random, by_importance, lawful, swapped
@@ -354,3 +354,29 @@ def test_evasion_answers_on_texts_by_the_same_swaps(moods: ArabicSentiment, monk
     assert told["clean_accuracy"].value == own["clean_accuracy"].value > told["robust_accuracy"].value + 0.3
     assert math.isnan(told["pgd"].value) and "20 texts, one word swapped" in told.notes[0]
     assert told.figures["swapped"]
+    more = Evasion(examples=20, words=3).measure(subject, ctx.child("p"))
+    changed = [len(set(s["before"].split()) - set(s["after"].split())) for s in more.figures["swapped"]]
+    assert more["robust_accuracy"].value <= told["robust_accuracy"].value and "up to 3 words" in more.notes[0]
+    assert len(more.figures["swapped"]) and max(changed) <= 3
+
+
+def test_evasion_takes_the_worst_of_ranked_and_random_swaps_and_says_if_the_ranking_misleads(
+    moods: ArabicSentiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, ctx = prepare(moods, [FitStep({"epochs": 1})])
+    small = partial(Study, fillers=2, similarity=-1.0, stop=2, dim=8, epochs=1)
+    monkeypatch.setattr("cupel.probes.robust.evasion.Study", small)
+    row = torch.arange(20)
+    stands = {"ranked": row >= 2, "random": (row < 1) | (row > 9)}
+
+    def made(victim: object, texts: list, labels: Tensor, language: object, control: object = None) -> Attacked:
+        courses = [Course(text, text, []) for text in texts]
+        return Attacked(courses, row < 18, stands["random" if control else "ranked"] & (row < 18), [3] * 20)
+
+    monkeypatch.setattr("cupel.probes.robust.evasion.attacked", made)
+    told = Evasion(examples=20).measure(subject, ctx.child("p"))
+    assert told["clean_accuracy"].value == 18 / 20 and told["robust_accuracy"].value == 8 / 20  # rows 10 to 17
+    assert told["masking_signs"].value == 1 and any("misled" in note for note in told.notes)
+    stands["random"] = row >= 0
+    calm = Evasion(examples=20).measure(subject, ctx.child("p"))
+    assert calm["robust_accuracy"].value == 16 / 20 and calm["masking_signs"].value == 0

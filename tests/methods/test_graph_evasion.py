@@ -27,7 +27,7 @@ from cupel.ops.edge_flips import (
     surrogate,
     unnoticed,
 )
-from cupel.ops.node_attack import NodeThreat, siege, stands
+from cupel.ops.node_attack import NodeThreat, masked, siege, stands
 from cupel.ops.node_graph import AlikeEdges, NodeGraph, listening, rewired
 from cupel.ops.relaxed_flips import Relaxed, fooling, into_budget, random_pairs, signs, steepest
 from cupel.ops.threats import margin
@@ -346,3 +346,10 @@ def test_evasion_answers_on_graphs_by_the_same_flips():
         assert told["robust_accuracy"] == own["robust_accuracy"] and told["clean_accuracy"] == own["clean_accuracy"]
         assert told["robust_accuracy"].value == (1.0 if lens else 0.0) and told.figures == own.figures
         assert math.isnan(told["pgd"].value) and "1 x degree + 4" in told.notes[0]
+        assert Evasion(flips=4, examples=7).measure(subject, ctx)["robust_accuracy"].count == 7
+
+
+def test_gradients_look_hidden_only_where_knowing_less_does_clearly_better():
+    row = torch.arange(40)
+    for blunt, sharp, shown in ((5, 20, True), (19, 20, False), (20, 5, False)):
+        assert masked({"surrogate": row < blunt, "gradient": row < sharp}) == shown
