@@ -344,7 +344,13 @@ def test_english_runs_too() -> None:
 
 def test_evasion_answers_on_texts_by_the_same_swaps(moods: ArabicSentiment, monkeypatch: pytest.MonkeyPatch) -> None:
     subject, ctx = prepare(moods, [FitStep({"epochs": 6, "lr": 1e-2})])
-    monkeypatch.setattr("cupel.probes.robust.evasion.Study", partial(Study, fillers=8, similarity=-1.0, stop=2, dim=16))
+    asked = []
+
+    def study(most: int) -> Study:
+        asked.append(most)
+        return Study(most, fillers=8, similarity=-1.0, stop=2, dim=16)
+
+    monkeypatch.setattr("cupel.probes.robust.evasion.Study", study)
     told = Evasion(examples=20).measure(subject, ctx.child("p"))
     own = ArabicSynonym(similarity=-1.0, stop=2, examples=20, learn=4, dim=16, fillers=8).measure(
         subject, ctx.child("p")
@@ -357,7 +363,7 @@ def test_evasion_answers_on_texts_by_the_same_swaps(moods: ArabicSentiment, monk
     more = Evasion(examples=20, words=3).measure(subject, ctx.child("p"))
     changed = [len(set(s["before"].split()) - set(s["after"].split())) for s in more.figures["swapped"]]
     assert more["robust_accuracy"].value <= told["robust_accuracy"].value and "up to 3 words" in more.notes[0]
-    assert len(more.figures["swapped"]) and max(changed) <= 3
+    assert len(more.figures["swapped"]) and max(changed) <= 3 and asked == [1, 3]
 
 
 def test_evasion_takes_the_worst_of_ranked_and_random_swaps_and_says_if_the_ranking_misleads(
