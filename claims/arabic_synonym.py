@@ -14,8 +14,8 @@ from cupel.core.shelf import LEXICON
 from cupel.core.steps import build
 from cupel.core.types import Subject, TrainView
 from cupel.ops.lexicon import Lexicon, Words
-from cupel.ops.word_swaps import Victim, at_random, swapped
 from cupel.ops.word_attack import Attacked, Language, attacked, swappable, with_found
+from cupel.ops.word_swaps import Victim, at_random, swapped
 from cupel.probes.robust.arabic_synonym import ArabicSynonym
 from cupel.runner.claims import Claim
 from cupel.workloads.language.arabic_sentiment import ArabicSentiment
