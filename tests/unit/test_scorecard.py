@@ -128,8 +128,8 @@ def test_readings_take_short_forms() -> None:
 
 
 def test_readings_without_any_value_are_not_shown_and_not_lost() -> None:
-    both, never = {"value": 0.5}, {"value": None}
-    readings = [{"a": both, "b": never, "c": never}, {"a": both, "b": both, "c": never}]
+    both, never, nan = {"value": 0.5}, {"value": None}, {"value": math.nan}
+    readings = [{"a": both, "b": never, "c": never}, {"a": both, "b": both, "c": nan}]
     variants = {str(k): {"probes": {"p": {"readings": r}}} for k, r in enumerate(readings)}
     told = {"recipe": {"probes": ["p"]}, "variants": variants}
     assert [name for _, name, _ in rows_of(told)] == ["a", "b", "c"]

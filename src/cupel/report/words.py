@@ -117,7 +117,12 @@ def rows_of(card: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Mapping[s
 
 def rows_shown(card: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Mapping[str, Any]]]]:
     """`rows_of` without readings that no variant has a value of."""
-    return [row for row in rows_of(card) if any(cell["value"] is not None for cell in row[2].values())]
+    # A card as it was measured has NaN where the one that was written has none.
+    return [
+        row
+        for row in rows_of(card)
+        if any(c["value"] is not None and c["value"] == c["value"] for c in row[2].values())
+    ]
 
 
 def probes_of(card: Mapping[str, Any]) -> list[str]:
