@@ -160,7 +160,7 @@ def digits(seed: int, quick: bool) -> dict[str, float]:
     """Grey digits, where ten epochs of the filter take seconds: the image is its own luma."""
     subject = build(DigitsCnn(width=6), Context(seed=seed))
     net = fit(subject.model, subject.data, subject.task, budget=replace(subject.budget, epochs=6), seed=seed)
-    technique = YChannel(width=8, eps=0.15, steps=3, epochs=4 if quick else 10, lr=4e-3)
+    technique = YChannel(width=8, eps=0.15, steps=3, epochs=2 if quick else 10, lr=4e-3)
     made: Any = apply(technique, subject.with_model(net), seed=seed).model
     told = defended(made, net, subject.data.test.take(torch.arange(200)), 0.15)
     return {f"digits_{name}": value for name, value in told.items()}
@@ -168,13 +168,13 @@ def digits(seed: int, quick: bool) -> dict[str, float]:
 
 def measure(seed: int, quick: bool) -> dict[str, float]:
     data = images()
-    test = data.test.take(torch.arange(200 if quick else 400))
+    test = data.test.take(torch.arange(100 if quick else 400))
     net = trained(seed, data, epochs=1 if quick else 8, optimizer="sgd", lr=0.1, weight_decay=5e-3)
     subject = Subject(net, data, Classification(10), bounds=UNIT)
     made: dict[str, Any] = {}
     for kind in ("luma", "all"):
         technique = YChannel(
-            channels=kind, width=8, eps=EPS, steps=3, epochs=1 if quick else 3, examples=640 if quick else 1600
+            channels=kind, width=8, eps=EPS, steps=3, epochs=1 if quick else 3, examples=256 if quick else 1600
         )
         made[kind] = apply(technique, subject, seed=seed).model
     told = {kind: defended(made[kind], net, test, EPS) for kind in made}
