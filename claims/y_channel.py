@@ -168,7 +168,7 @@ def digits(seed: int, quick: bool) -> dict[str, float]:
 
 def measure(seed: int, quick: bool) -> dict[str, float]:
     data = images()
-    test = data.test.take(torch.arange(100 if quick else 400))
+    test = data.test.take(torch.arange(200 if quick else 400))
     net = trained(seed, data, epochs=1 if quick else 8, optimizer="sgd", lr=0.1, weight_decay=5e-3)
     subject = Subject(net, data, Classification(10), bounds=UNIT)
     made: dict[str, Any] = {}
