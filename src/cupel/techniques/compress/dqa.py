@@ -140,8 +140,7 @@ class DQA:
     real stream. Weights stay as they are.
 
     Use: for activations of 3 to 5 bits where traffic costs most; a direct quantiser at the same bits is often as good.
-    Costs: no training; one ranking pass for every input channel of every layer, which is minutes where a linear layer
-    has tens of thousands of inputs; the decoding of codes at inference.
+    Costs: no training; a ranking pass for each input channel of a layer, minutes for 20,000; decoding at inference.
 
     Shapes: inputs of linear layers `[..., C]`, of convolutions `[B, C, ...]`.
 
