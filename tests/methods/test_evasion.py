@@ -138,6 +138,11 @@ def test_pictures_are_real_adversarial_examples() -> None:
         assert int(plain().model(clean[None]).argmax()) == picture["label"]
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.outer(x, torch.linspace(-1, 1, 10))
+
+
 def test_says_when_it_does_not_apply() -> None:
     with pytest.raises(NotApplicable, match="inputs in a known range, node numbers of a graph or texts"):
         PROBE.measure(replace(plain(), bounds=None), Context())
@@ -145,6 +150,10 @@ def test_says_when_it_does_not_apply() -> None:
     soft = plain().with_data(replace(plain().data, test=test.having(targets=torch.rand(len(test), 10))))
     with pytest.raises(NotApplicable, match="one class each"):
         PROBE.measure(soft, Context())
+    few = replace(plain().data, test=test.having(inputs=test.inputs[:, 0, 0, 0]))
+    scaled = plain().with_model(Scaled()).with_data(few)
+    with pytest.raises(NotApplicable, match=r"Give them as \[N, 1\]"):
+        PROBE.measure(scaled, Context())
     single = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
     with pytest.raises(NotApplicable, match="one score per class"):
         PROBE.measure(plain().with_model(single), Context())

@@ -60,6 +60,8 @@ def test_the_penalty_of_a_linear_network_and_its_gradient() -> None:
     assert torch.allclose(value, 4 * (v @ w).square().sum(1))
     (slope,) = torch.autograd.grad(value.mean(), w)
     assert torch.allclose(slope, 8 * v.T @ (v @ w) / 6, atol=1e-5)  # nothing without create_graph
+    single = x[:, 0].detach().requires_grad_(True)  # inputs of one number each, without an axis for it
+    assert torch.allclose(projected_jacobian(torch.outer(single, w[:, 0]), single, v), 4 * (v @ w[:, 0]).square())
 
 
 def test_a_step_of_the_fit_follows_loss_and_penalty() -> None:

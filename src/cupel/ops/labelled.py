@@ -48,15 +48,17 @@ def judged_classes(subject: Subject, who: str) -> tuple[Tensor, Tensor]:
 
 
 def labelled_inputs(subject: Subject, who: str) -> tuple[Tensor, Tensor]:
-    """Inputs `[N, ...]` floats and classes `[N]` of the test split.
+    """Inputs `[N, ...]` floats, with an axis more than the batch's, and classes `[N]` of the test split.
 
     Raises:
-        NotApplicable: inputs are no tensor of floats; and as `judged_classes`.
+        NotApplicable: inputs are no tensor of floats, or of one number each; and as `judged_classes`.
     """
     _, targets = judged_classes(subject, who)
     parts = [b.inputs for b in subject.data.test.batches(500)]
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in parts):
         raise NotApplicable(f"{who} must get inputs that are float tensors; got others. Use it where they are.")
+    if any(x.ndim < 2 for x in parts):
+        raise NotApplicable(f"{who} must get inputs [N, ...]; got one number for each. Give them as [N, 1].")
     return torch.cat(parts), targets
 
 

@@ -44,7 +44,7 @@ def projected_jacobian(out: Tensor, inputs: Tensor, directions: Tensor) -> Tenso
     Source: Hoffman, Roberts, Yaida 2019, arXiv 1908.02729, equation 9 and algorithm 1.
     """
     (slope,) = torch.autograd.grad((out * directions).sum(), inputs, create_graph=True)
-    squares: Tensor = slope.flatten(1).square().sum(1)
+    squares: Tensor = slope.reshape(len(slope), -1).square().sum(1)
     return out.shape[1] * squares
 
 
