@@ -191,13 +191,14 @@ class _Lessons(Hook):
         if not self.found:
             return batch
         chance = at.draw(batch.index, lambda like: torch.rand(len(like), generator=self.chance))
-        yes = [c < self.p.share and k in self.found for c, k in zip(chance.tolist(), batch.index.tolist(), strict=True)]
-        rows = [row for row, taken in enumerate(yes) if taken]
-        if not rows:
+        pairs = enumerate(zip(chance.tolist(), batch.index.tolist(), strict=True))
+        taken = {row: self.found[k] for row, (c, k) in pairs if c < self.p.share and k in self.found}
+        if not taken:
             return batch
-        inputs = batch.inputs.clone()
-        inputs[rows] = torch.stack([self.found[k] for k in batch.index[rows].tolist()]).to(inputs)
-        return replace(batch, inputs=inputs)
+        rows = torch.tensor(list(taken), device=batch.inputs.device)
+        return replace(
+            batch, inputs=batch.inputs.index_copy(0, rows, torch.stack(list(taken.values())).to(batch.inputs))
+        )
 
     def end(self, at: Moment) -> None:
         if self.p.share:
