@@ -76,10 +76,9 @@ def median_of(values: Sequence[float], unit: str, better: str = "none") -> Readi
     n, ranked = len(values), sorted(values)
     if n == 0:
         return Reading(math.nan, unit, better, 0)
-    low, high = math.floor(n / 2 - 0.98 * math.sqrt(n)), math.ceil(n / 2 + 0.98 * math.sqrt(n))
-    return Reading(
-        *(float(ranked[(n - 1) // 2]), unit, better, n), float(ranked[max(0, low)]), float(ranked[min(n - 1, high)])
-    )
+    reach = 0.98 * math.sqrt(n)
+    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
+    return Reading(float(ranked[(n - 1) // 2]), unit, better, n, float(ranked[low]), float(ranked[high]))
 
 
 def exact(value: float, unit: str, better: str = "none") -> Reading:

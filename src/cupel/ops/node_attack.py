@@ -149,9 +149,9 @@ def siege(
     graph = graph_in(subject.model, who)
     here = graph.edges.device
     ids, labels = (part.to(here) for part in nodes_of(subject, graph, "test", who))
-    learned, told_by = (part.to(here) for part in nodes_of(subject, graph, "train", who))
+    known, fields = (part.to(here) for part in nodes_of(subject, graph, "train", who))
     rows = evenly(len(ids), most).to(ids.device)
-    seen = views(graph, learned, told_by, subject.outputs("test").shape[1], seed)
+    seen = views(graph, known, fields, subject.outputs("test").shape[1], seed)
     with still(subject.model) as model:
         told = besieged(model, graph, threat, seen, ids[rows], labels[rows], draw)
     return ids[rows], labels[rows], told

@@ -56,7 +56,7 @@ class SynonymTraining:
     what the attack itself is worth. An x' stays until another is found for its text.
 
     Use: when writers may choose other words on purpose, such as reviewers who pass a filter. It meets the swaps that
-    it was trained on; a longer budget (`max_words`) or swapped letters need a look of their own (`arabic-synonym`).
+    it was trained on, and by its claim wins a point or so; longer budgets or swapped letters need a look of their own.
 
     Costs: the language model once (some 10 s for 8000 tweets on one core), and some 20 forwards and 2 ms of filters
     for every attacked text; no more updates; nothing at inference.
