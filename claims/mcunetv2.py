@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ CLAIM = Claim(
     quick_seeds=1,
 )
 SMALL = (Block(8, 1), Block(12, 4, 3, 2), Block(12, 4), Block(16, 4, 3, 2), Block(16, 4), Block(24, 4), Block(24, 4))
-BUDGET = Budget(epochs=5, batch_size=64, optimizer="adam", lr=3e-3, schedule="cosine")
+BUDGET = Budget(batch_size=64, optimizer="adam", lr=3e-3, schedule="cosine")
 CHOICES = {"kernel": (3, 5), "expansion": (3, 4, 6), "depth": (1, 2), "width": (8, 12, 16), "side": (20, 28)}
 
 
@@ -113,14 +114,13 @@ def executed(seed: int, quick: bool) -> dict[str, float]:
 
 
 def trained(
-    blocks: Sequence[Block], data: tuple[Examples, Examples], seed: int, quick: bool
+    blocks: Sequence[Block], data: tuple[Examples, Examples], seed: int, epochs: int
 ) -> tuple[nn.Module, float]:
     """A network of these blocks after a short training, and its accuracy."""
     train, test = data
     with Context(seed=seed).scope("init"):
-        net = MobileNet(1, 10, blocks, 8, 64, 1)
-    budget = BUDGET if not quick else Budget(epochs=1, batch_size=64, optimizer="adam", lr=3e-3)
-    net = fit(net, train, Classification(10), budget=budget, seed=seed)
+        net = MobileNet(1, 10, blocks, 8, 64, 1).to(memory_format=torch.channels_last)  # trains in 0.6 of the time
+    net = fit(net, train, Classification(10), budget=replace(BUDGET, epochs=epochs), seed=seed)
     right = outputs_on(net, test).argmax(1) == test.targets
     return net, float(right.double().mean())
 
@@ -134,7 +134,7 @@ def on_images(seed: int, quick: bool, data: tuple[Examples, Examples]) -> dict[s
     moved = redistributed(SMALL, 4, stride=1)
     found, overheads = {}, {}
     for name, blocks, end in (("plain", SMALL, "blocks.3"), ("moved", moved, "blocks.2")):
-        net, found[f"{name}_accuracy"] = trained(blocks, data, seed, quick)
+        net, found[f"{name}_accuracy"] = trained(blocks, data, seed, 1 if quick else 5)
         images = data[1].inputs[: 2 if quick else 16]
         trace = MCUNetV2(patches=2).run(PatchJob(net, images, end), Context())
         assert isinstance(trace, PatchTrace)
@@ -171,7 +171,7 @@ def searched(seed: int, data: tuple[Examples, Examples]) -> dict[str, float]:
         assert best.best is not None and best.memory is not None  # both find some: told by the share that is allowed
         side = int(str(best.best["side"]))
         near = (sized(data[0], side), sized(data[1], side))
-        found[f"{name}_search_accuracy"] = trained(blocks_of(best.best), near, seed, False)[1]
+        found[f"{name}_search_accuracy"] = trained(blocks_of(best.best), near, seed, 3)[1]
         found |= {f"{name}_{k}": float(v) for k, v in (("macs", best.memory.macs), ("patches", best.patches))}
     found["joint_minus_whole_accuracy"] = found["joint_search_accuracy"] - found["whole_search_accuracy"]
     return found

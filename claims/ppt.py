@@ -33,6 +33,7 @@ CLAIM = Claim(
         "operations_24": "<= 0.65",
         "time_24": "<= 0.85",
     },
+    seeds=(0, 1, 2, 3),
     quick_seeds=1,
     explains="In three seeds whose network reached 93.7% or more, choosing by image is 0.0, +0.1 and -0.9 points from "
     "the better policy (8, 16, 24 tokens); the miss comes from two that twelve epochs left at 85.7% and 88.9%. In the "
@@ -114,14 +115,16 @@ def measure(seed: int, quick: bool) -> dict[str, float]:
             policy: apply(PPT(drop=drop, places=PLACES, policy=policy), subject, seed=seed)
             for policy in ("adaptive", "prune", "pool")
         }
-        made |= {"random": other(made["prune"], _Random), "opposite": other(made["adaptive"], _Opposite)}
+        made |= {"opposite": other(made["adaptive"], _Opposite)}
+        if drop == 24:
+            made |= {"random": other(made["prune"], _Random)}
         acc = {policy: right(s) for policy, s in made.items()}
         found |= {f"{policy}_{drop}": value for policy, value in acc.items()}
         found[f"over_best_{drop}"] = acc["adaptive"] - max(acc["prune"], acc["pool"])
-        found[f"over_random_{drop}"] = acc["adaptive"] - acc["random"]
         found[f"operations_{drop}"] = sum(op.macs for op in ledger_of(made["adaptive"].model, x[:1]).ops) / whole
-        plain, less = seconds([subject.model, made["adaptive"].model], x[:64], 5 if quick else 15)
-        found[f"time_{drop}"] = less / plain
+    found["over_random_24"] = acc["adaptive"] - acc["random"]
+    plain, less = seconds([subject.model, made["adaptive"].model], x[:64], 5 if quick else 15)
+    found["time_24"] = less / plain
     watched(made["adaptive"], found)
     if not quick:  # one more epoch, with and without
         more = replace(budget, epochs=1, lr=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from cupel.core.context import Context
@@ -46,6 +47,7 @@ def alexnet(first: int, second: int, hidden: int) -> nn.Module:
 
 def accuracy(subject: Subject, model: nn.Module, seed: int, quick: bool, lr: float) -> dict[str, float]:
     budget = replace(subject.budget, lr=lr, epochs=8 if quick else subject.budget.epochs)
+    model = model.to(memory_format=torch.channels_last)  # trains in two thirds of the time
     done = subject.with_model(fit(model, subject.data, subject.task, budget=budget, seed=seed))
     return {
         split: float((done.outputs(split).argmax(1) == getattr(subject.data, split).targets).double().mean())

@@ -110,7 +110,7 @@ class _SignThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return torch.where(x >= 0, torch.ones_like(x), -torch.ones_like(x))
+        return (x >= 0).to(x.dtype) * 2 - 1  # `where` between two tensors takes four times as long
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
