@@ -25,11 +25,8 @@ def gate_features(logits: Tensor) -> Tensor:
     p = logits.softmax(-1)
     top = p.topk(min(2, p.shape[-1]), dim=-1).values
     sharp = (2 * logits).softmax(-1)  # p^2 / sum p^2
-    return torch.stack([top[..., 0], _entropy(p), top[..., 0] - top[..., -1], _entropy(sharp)], dim=-1)
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return -(p * p.clamp_min(1e-30).log()).sum(-1)
+    plain, sharper = torch.special.entr(p).sum(-1), torch.special.entr(sharp).sum(-1)
+    return torch.stack([top[..., 0], plain, top[..., 0] - top[..., -1], sharper], dim=-1)
 
 
 def exit_probabilities(g: Tensor) -> Tensor:
@@ -118,7 +115,7 @@ class EarlyExit(nn.Module):
     def exits(self, x: Any) -> tuple[Tensor, Tensor]:
         """Logits `[B, K]`, and the exit each row took, `[B]`: 0 is the first, L - 1 the backbone's own head."""
         rows = reached = torch.empty(0)  # who is still inside, and the sum of the gates each has passed
-        left: list[tuple[Tensor, Tensor]] = []
+        left: list[tuple[int, Tensor, Tensor]] = []
 
         def leave(number: int, out: Tensor) -> Tensor | None:
             nonlocal rows, reached
@@ -127,18 +124,26 @@ class EarlyExit(nn.Module):
             logits = self.heads[number](pooled(out, self.pool, self.tokens))
             g = torch.sigmoid(self.gates[number](gate_features(logits.detach()))).flatten()
             go = leaves(g, reached)
-            left.append((rows[go], logits[go]))
-            rows, reached = rows[~go], (reached + g)[~go]
-            if bool(go.all()):
+            count, reached = int(go.sum()), reached + g
+            if count == 0:
+                return None
+            if count == len(go):
+                left.append((number, rows, logits))
                 raise _AllOut
-            return ~go if bool(go.any()) else None
+            left.append((number, rows[go], logits[go]))
+            stay = ~go
+            rows, reached = rows[stay], reached[stay]
+            return stay
 
         with cut_at(self.backbone, self.names, leave), suppress(_AllOut):
             out = self.backbone(x)
-            left.append((rows, out))
-        order = torch.cat([r for r, _ in left]).argsort()
-        taken = torch.cat([torch.full_like(r, number) for number, (r, _) in enumerate(left)])
-        return torch.cat([logits for _, logits in left])[order], taken[order]
+            left.append((len(self.names), rows, out))
+        if len(left) == 1:  # all by the same exit, as one input always is
+            number, rows, logits = left[0]
+            return logits, torch.full_like(rows, number)
+        order = torch.cat([r for _, r, _ in left]).argsort()
+        taken = torch.cat([torch.full_like(r, number) for number, r, _ in left])
+        return torch.cat([logits for _, _, logits in left])[order], taken[order]
 
     def tapped(self, x: Any) -> list[Tensor]:
         """Every exit's features `[B, d_l]`, then the backbone's logits `[B, K]`; nobody leaves."""

@@ -48,7 +48,7 @@ class Int8Net(nn.Module):
         self.dtype, self.whole = dtype, whole
 
     def forward(self, inputs: Any) -> Tensor:
-        for leaf in tree_leaves(inputs):
+        for leaf in (inputs,) if isinstance(inputs, Tensor) else tree_leaves(inputs):
             if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
                 raise PlanError(f"inputs of an int8 network must be on the CPU; got {leaf.device}. Use --device cpu.")
         with torch.no_grad():
@@ -85,6 +85,8 @@ def _unpickled(data: bytes, dtype: torch.dtype, whole: bool, training: bool) -> 
 
 def _single(inputs: Any) -> Any:
     """Inputs with every floating tensor in single precision, which the kernels take."""
+    if isinstance(inputs, Tensor):  # at once: a walk through what is one tensor takes as long as a small network
+        return inputs.float() if inputs.is_floating_point() else inputs
     return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, inputs)
 
 
