@@ -127,6 +127,16 @@ def test_forks_change_what_they_are_asked_to_and_are_cached() -> None:
     assert bench.forks_made == made
 
 
+def test_forks_of_networks_that_differ_in_no_number_are_not_taken_for_each_other() -> None:
+    _, ctx = prepare(DigitsCnn(width=4, examples=96), [FitStep({"epochs": 1})])
+
+    def leaky(rate: float) -> torch.nn.Module:
+        found = ctx.fork(model=lambda net: torch.nn.Sequential(net, torch.nn.Dropout(rate)))
+        return found.model[1]  # type: ignore[index,no-any-return]
+
+    assert [leaky(rate).p for rate in (0.1, 0.5)] == [0.1, 0.5]
+
+
 def test_teacher_of_other_data_is_refused() -> None:
     with pytest.raises(Exception, match="same data"):
         card = run(

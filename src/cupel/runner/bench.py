@@ -120,7 +120,9 @@ class Bench:
         view: TrainView = base.data.view() if data is None else data(base.data.view())
         net = base.model if model is None else model(base.model)
         state = [t for t in net.state_dict().values() if isinstance(t, torch.Tensor) and not t.is_quantized]
-        return digest(view.train.fingerprint, view.valid.fingerprint, str(self.seed if seed is None else seed), *state)
+        # Networks can hold the same numbers and still differ, by a dropout rate for one: their description tells.
+        said = (str(self.seed if seed is None else seed), repr(net))
+        return digest(view.train.fingerprint, view.valid.fingerprint, *said, *state)
 
 
 def key_named(name: str) -> Key[Any]:
