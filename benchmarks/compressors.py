@@ -251,8 +251,10 @@ def main() -> None:
         bar = right(subject, dense, "valid") - POINT
         found = [as_way(subject, "dense", f"{2 * budget.epochs} epochs", dense)]
         found += [climbed(subject, way, ladder, bar, folder) for way, ladder in ways(subject, begun, dense, budget)]
-        macs = next(w.operations for w in found if w.name == "otov2")
-        peer = kept(folder, "torch-pruning", partial(torch_pruning, subject, begun, macs, budget))
+        cut = next(w for w in found if w.name == "otov2")
+        both = apply(Int8PTQ(), subject.with_model(cut.call)).model  # type: ignore[arg-type]
+        found.append(as_way(subject, "otov2, int8-ptq", cut.setting, both))
+        peer = kept(folder, "torch-pruning", partial(torch_pruning, subject, begun, cut.operations, budget))
         found.append(as_way(subject, "torch-pruning", "group norm", peer))
         with tempfile.TemporaryDirectory() as scratch:
             found.append(onnx_int8(subject, dense, Path(scratch)))

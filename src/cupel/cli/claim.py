@@ -16,7 +16,7 @@ def claim(
     family: str = typer.Option("", help="Only this family."),
     quick: bool = typer.Option(False, "--quick", help="Fewer seeds and steps: at most 20 s each."),
     record: bool = typer.Option(False, "--record", help="Write the record into claims/records."),
-    jobs: int = typer.Option(1, help="Processes, which share the seeds of a claim.", min=1),
+    jobs: int = typer.Option(1, help="Processes, which share a claim's seeds; with one a seed no core waits.", min=1),
     json_: bool = typer.Option(False, "--json", help="Print records as JSON."),
 ) -> None:
     """Re-measure claims; prints held or not held, the paper's number beside ours.
