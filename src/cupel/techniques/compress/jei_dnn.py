@@ -44,9 +44,9 @@ def best_exits(ce: Tensor, costs: Tensor, weight: float) -> Tensor:
 
 
 def joint_loss(ce: Tensor, p: Tensor) -> Tensor:
-    """mean_i sum_l P_l CE_l * [sum_l CE_l / sum_l P_l CE_l], the bracket without gradient. `[B, L]`, `[B, L]`."""
-    expected = (p * ce).sum(1)
-    return (expected * (ce.sum(1) / expected.clamp_min(1e-12)).detach()).mean()
+    """mean_i sum_l min(L, P_l [sum_l CE_l / sum_l P_l CE_l]) CE_l, weights without gradient. `[B, L]`, `[B, L]`."""
+    weights = p * (ce.sum(1) / (p * ce).sum(1).clamp_min(1e-12))[:, None]
+    return (weights.clamp(max=ce.shape[1]).detach() * ce).sum(1).mean()
 
 
 def alone_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -114,8 +114,9 @@ class JeiDnn:
 
     Departs: gates learn on the validation split, which neither backbone nor heads have seen; label weights come from
     the cumulative labels 1[l >= l*]; `balance` below 1 weakens them (full ones send too much out early at prices near
-    zero); the bracket is detached (in the released code it cancels); costs are shares of the plain backbone; the
-    warm-up has a fixed length; features are standardised for training, the scaling folded into the heads.
+    zero); the bracket is detached (in the released code it cancels), and P_l times it at most L, or what an exit fits
+    well drives its head with the losses of all others, and nine of them diverge; costs are shares of the plain
+    backbone; the warm-up has a fixed length; heads learn on standardised features, and take the scaling in.
 
     Example:
         >>> JeiDnn(cost_weight=0.5).balance
@@ -123,9 +124,7 @@ class JeiDnn:
     """
 
     cost_weight: float = param(0.2, "nats of cross-entropy that the whole backbone's cost is worth (lambda)", ge=0)
-    balance: float = param(
-        1.0, "exponent of the gates' label weight (negatives / positives, at most 5); 0: none", ge=0, le=1
-    )
+    balance: float = param(1.0, "exponent of gates' label weights (negatives / positives, at most 5)", ge=0, le=1)
     pool: int = param(2, "side of the pooled maps that a head sees", ge=1, le=16)
     warmup: int = param(6, "epochs of the heads alone", ge=0)
     rounds: int = param(4, "times that heads and gates swap; 0 leaves the network without exits", ge=0)
