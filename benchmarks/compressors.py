@@ -93,7 +93,10 @@ def ways(
         ],
     )
     yield "int8-ptq", [("256 examples", lambda: apply(Int8PTQ(), on).model)]
-    yield "jei-dnn", [(f"cost_weight {w}", lambda w=w: apply(JeiDnn(cost_weight=w), on).model) for w in PRICES]
+    yield (
+        "jei-dnn",
+        [(f"cost_weight {w}, two exits", lambda w=w: apply(JeiDnn(cost_weight=w, exits=2), on).model) for w in PRICES],
+    )
 
 
 def kept(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:

@@ -16,7 +16,16 @@ from cupel.core.errors import PlanError
 from cupel.core.fit import fit
 from cupel.core.steps import apply, build
 from cupel.core.types import Anatomy, Examples, Subject
-from cupel.ops.exits import EarlyExit, cross_entropies, cut_at, exit_probabilities, gate_features, leaves, pooled
+from cupel.ops.exits import (
+    EarlyExit,
+    cross_entropies,
+    cut_at,
+    exit_probabilities,
+    gate_features,
+    leaves,
+    pooled,
+    spread,
+)
 from cupel.techniques.compress.jei_dnn import (
     JeiDnn,
     _alternate,
@@ -100,6 +109,18 @@ def test_gate_lessons_are_cumulative_and_weighted() -> None:
     lessons, weight = gate_lessons(logits, s.data.valid, costs, JeiDnn(balance=1.0))
     assert bool((lessons.targets == 0).all()) and weight.tolist() == [5, 5]
     assert gate_lessons(logits, s.data.valid, costs, JeiDnn(balance=0.0))[1].tolist() == [1, 1]
+
+
+def test_few_exits_are_spread_over_many_blocks() -> None:
+    names = [str(k) for k in range(9)]
+    assert spread(names, 2) == ("2", "5") and spread(names, 1) == ("3",)  # thirds; the half of nine is four blocks
+    assert spread(names, 0) == spread(names, 8) == spread(names, 100) == tuple(names[:8])
+    for count in range(2, 20):
+        for most in range(1, count):
+            found = [int(n) for n in spread([str(k) for k in range(count)], most)]
+            assert len(found) == min(most, count - 1) and found == sorted(set(found)) and found[-1] < count - 1
+    made = apply(JeiDnn(exits=1, warmup=1, rounds=1, every=4), subject()).model
+    assert isinstance(made, EarlyExit) and len(made.names) == len(made.heads) == len(made.gates) == 1
 
 
 def test_logits_are_not_scaled() -> None:

@@ -52,6 +52,17 @@ def leaves(g: Tensor, reached: Tensor) -> Tensor:
     return 2 * g >= 1 - reached
 
 
+def spread(blocks: Sequence[str], most: int) -> tuple[str, ...]:
+    """Blocks to leave after: all but the last, or the `most` of them that cut the row into parts as equal as can be.
+
+    >>> spread(["a", "b", "c", "d", "e", "f"], 2), spread(["a", "b", "c"], 5), spread(["a", "b", "c"], 0)
+    (('b', 'd'), ('a', 'b'), ('a', 'b'))
+    """
+    if not 0 < most < len(blocks) - 1:
+        return tuple(blocks[:-1])
+    return tuple(blocks[round((k + 1) * len(blocks) / (most + 1)) - 1] for k in range(most))
+
+
 def pooled(out: Tensor, pool: int, tokens: bool) -> Tensor:
     """Features of a block's output, one row an input.
 

@@ -19,7 +19,7 @@ from cupel.core.protocols import Card
 from cupel.core.slots import Hooks
 from cupel.core.types import Batch, Budget, Examples, Subject, Task, outputs_on, still
 from cupel.core.update import TorchUpdate, lr_at
-from cupel.ops.exits import EarlyExit, cross_entropies, cut_at, exit_probabilities, gate_features
+from cupel.ops.exits import EarlyExit, cross_entropies, cut_at, exit_probabilities, gate_features, spread
 from cupel.ops.ledger import ledger_of
 
 CARD = Card(
@@ -103,7 +103,7 @@ class JeiDnn:
     An input leaves at the first exit whose conditional probability reaches one half; nothing beyond is computed for it.
     `exits(x)` tells which exit each took, `mean_cost` what that cost.
 
-    Use: where most inputs are easy and the mean cost counts. Costs: a short fit; a latency that differs by input.
+    Use: where most inputs are easy; few `exits` where blocks are many. Costs: a short fit; latency differs by input.
 
     Shapes: block outputs `[B, C, H, W]`, `[B, C, T]`, `[B, T, D]` or `[B, D]`; logits `[B, K]`.
 
@@ -112,11 +112,10 @@ class JeiDnn:
 
     Source: Regol, Chataoui, Coates, ICLR 2024, arXiv 2310.09163.
 
-    Departs: gates learn on the validation split, which neither backbone nor heads have seen; label weights come from
-    the cumulative labels 1[l >= l*]; `balance` below 1 weakens them (full ones send too much out early at prices near
-    zero); the bracket is detached (in the released code it cancels), and P_l times it at most L, or what an exit fits
-    well drives its head with the losses of all others, and nine of them diverge; costs are shares of the plain
-    backbone; the warm-up has a fixed length; heads learn on standardised features, and take the scaling in.
+    Departs: gates learn on the validation split, unseen by backbone and heads; label weights come from the cumulative
+    labels 1[l >= l*], and `balance` below 1 weakens them (full ones send too much out early); the bracket is detached
+    (in the released code it cancels), and P_l times it at most L, or what an exit fits well drives its head with the
+    losses of all others, and nine of them diverge; the warm-up has a fixed length; features are standardised.
 
     Example:
         >>> JeiDnn(cost_weight=0.5).balance
@@ -125,6 +124,7 @@ class JeiDnn:
 
     cost_weight: float = param(0.2, "nats of cross-entropy that the whole backbone's cost is worth (lambda)", ge=0)
     balance: float = param(1.0, "exponent of gates' label weights (negatives / positives, at most 5)", ge=0, le=1)
+    exits: int = param(0, "exits before the last, spread over the blocks (0: one at each)", ge=0)
     pool: int = param(2, "side of the pooled maps that a head sees", ge=1, le=16)
     warmup: int = param(6, "epochs of the heads alone", ge=0)
     rounds: int = param(4, "times that heads and gates swap; 0 leaves the network without exits", ge=0)
@@ -134,7 +134,8 @@ class JeiDnn:
     def procedure(self, subject: Subject, ctx: Context) -> nn.Module:
         if not self.rounds:
             return subject.model
-        net = EarlyExit(subject.model, subject.anatomy.blocks[:-1], self.pool, bool(subject.anatomy.attention))
+        names, tokens = spread(subject.anatomy.blocks, self.exits), bool(subject.anatomy.attention)
+        net = EarlyExit(subject.model, names, self.pool, tokens)
         _check(net, subject, ctx)
         _learn(self, net, subject, ctx)
         return net
