@@ -30,7 +30,12 @@ def test_the_generator_is_put_back_after_an_error() -> None:
 def test_nothing_is_noted_for_devices_that_are_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     # `torch.manual_seed` takes a stack trace for each of them, which was two thirds of a fit with an attack inside.
     traces: list[object] = []
-    monkeypatch.setattr(traceback, "format_stack", lambda *args, **more: traces.append(args) or [])
+
+    def noted(*args: object) -> list[str]:
+        traces.append(args)
+        return []
+
+    monkeypatch.setattr(traceback, "format_stack", noted)
     with global_seed(3):
         torch.rand(1)
     assert not traces
