@@ -123,8 +123,8 @@ class JeiDnn:
     """
 
     cost_weight: float = param(0.2, "nats of cross-entropy that the whole backbone's cost is worth (lambda)", ge=0)
-    balance: float = param(1.0, "exponent of gates' label weights (negatives / positives, at most 5)", ge=0, le=1)
-    exits: int = param(0, "exits before the last, spread over the blocks (0: one at each)", ge=0)
+    balance: float = param(1.0, "exponent of label weights (negatives / positives, at most 5); 0: none", ge=0, le=1)
+    exits: int = param(0, "most exits before the last, spread over the blocks (0: one at each)", ge=0)
     pool: int = param(2, "side of the pooled maps that a head sees", ge=1, le=16)
     warmup: int = param(6, "epochs of the heads alone", ge=0)
     rounds: int = param(4, "times that heads and gates swap; 0 leaves the network without exits", ge=0)
